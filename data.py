@@ -1,0 +1,825 @@
+"""Data: tokenizers, conversations and their loss mask, the corpora, cleaning, packing (paper §3.1, §4.1, appendix A).
+
+    python data.py mix --sharegpt sharegpt.json --hc3 hc3.jsonl --discord discord.jsonl --out sharegpt-mix.jsonl
+    python data.py pack sharegpt-mix.jsonl --tokenizer weights/llama7b --template tokens --out data/sharegpt-mix/llama7b
+    python data.py inspect data/sharegpt-mix/llama7b
+
+In this file, in the order in which text becomes training data:
+    errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
+    tokenizers                       text <-> ids; special tokens are never parsed out of text
+    conversations -> ids             the two templates and the loss mask
+    corpora                          ShareGPT, HC3, Discord, Alpaca, messages, plain text
+    mix                              cleaning, deduplication, language filter, and who was dropped why
+    pack                             one memory-mapped stream of tokens; blocks; inspect
+"""
+import argparse
+import contextlib
+import csv
+import errno
+import fcntl
+import hashlib
+import html
+import html.parser
+import json
+import mmap
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+
+# --- errors, files, command lines ---------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake that the user can mend; `run` prints it as one line and exits with `status`."""
+    status = 2
+
+
+class Failure(UserError):
+    """A failure that is not the user's (a teacher that is down, a full disk): the same one line, exit status 1."""
+    status = 1
+
+
+def visible(text):
+    """`text` with control characters spelled out, so that text from a model or a corpus cannot drive the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, no abbreviated flags, an example in --help and every default shown."""
+
+    def __init__(self, *args, example="", **kw):
+        kw.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, epilog=f"example: {example}" if example else None, allow_abbrev=False, **kw)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run(main):
+    """Run a program's main(): a user's mistake ends with one line and status 2, a failure of the world with status 1."""
+    program = Path(sys.argv[0]).name
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as e:
+        status = complain(program, e, e.status)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError) as e:
+        status = complain(program, f"{e.filename}: {e.strerror}", 2)
+    except BrokenPipeError:                                # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 0
+    except OSError as e:
+        more = "; nothing finished is lost: free some space and run the same command again" if e.errno == errno.ENOSPC else ""
+        status = complain(program, f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}{more}", 1)
+    except KeyboardInterrupt:
+        status = complain(program, "interrupted; the same command continues", 130)
+    sys.exit(status)
+
+
+def complain(program, message, status):
+    if os.environ.get("RANK", "0") == "0":                 # under torchrun one rank speaks for all
+        print(f"{program}: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+    return status
+
+
+def count(text):
+    """'20M' -> 20_000_000; K, M and B are decimal."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KkMmBb]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number like 500, 20K, 1.5M")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+
+
+@contextlib.contextmanager
+def atomic(path, mode="w"):
+    """Write a file under a temporary name and rename it over `path` once whole and on disk; on an error nothing is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_dir(path):
+    """The same for a folder: it appears under its name only when everything in it is written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path, value):
+    with atomic(path) as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})")
+
+
+def read_lines(path):
+    """Yield (line number, text) of a UTF-8 file; bytes that are not UTF-8 are an error that names the line."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}:{number}: not UTF-8 ({e.reason})")
+
+
+def read_jsonl(path, *fields):
+    """Yield the objects of a JSON-lines file; a malformed line, or one without `fields`, is an error that names it."""
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: not JSON ({e})")
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected an object, found {type(record).__name__}")
+        for field in fields:
+            if field not in record:
+                raise UserError(f"{path}:{number}: no field {field!r}; found {', '.join(map(repr, record)) or 'none'}")
+        yield record
+
+
+def write_jsonl(path, records):
+    with atomic(path) as f:
+        for record in records:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def digest(*parts):
+    """A short stable hash of JSON values; keys of requests, seeds of prompts, fingerprints of settings."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def file_hash(path):
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            h.update(piece)
+    return h.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Hold an exclusive lock on `path`.lock; a second process is refused with a line, and a killed one holds nothing."""
+    path = Path(str(path) + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what} is in use by another process; wait for it or choose another name")
+        yield
+
+
+class GrowingFile:
+    """JSON lines appended one by one, each on disk before `append` returns.
+
+    A line torn by a kill is cut off when the file is opened, a garbled one is passed over; both are said on stderr.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "ab+")
+        self.records = []
+        self.file.seek(0)
+        whole = garbled = 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                print(f"{self.path}: a torn last line ({len(line)} bytes) was dropped", file=sys.stderr)
+                self.file.truncate(whole)
+                break
+            whole += len(line)
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError
+                self.records.append(record)
+            except ValueError:
+                garbled += bool(line.strip())
+        if garbled:
+            print(f"{self.path}: {garbled} garbled line{'s'[:garbled > 1]} passed over", file=sys.stderr)
+
+    def append(self, record):
+        start = self.file.seek(0, os.SEEK_END)
+        try:
+            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self.file.flush()
+            os.fdatasync(self.file.fileno())
+        except OSError:                                    # a full disk: leave no half line behind
+            with contextlib.suppress(OSError):
+                self.file.truncate(start)
+            raise
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def die_with_parent():
+    """In a freshly forked child: be killed when the parent is (Linux), so that no orphan goes on writing its files."""
+    if sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)         # PR_SET_PDEATHSIG
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------------
+
+SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
+
+
+class SentencePieceTokenizer:
+    """LLaMA's tokenizer: SentencePiece BPE with byte fallback; tokens added to the vocabulary follow its own pieces.
+
+    encode() treats its argument as ordinary text: neither the control pieces (`</s>`) nor the added tokens are ever parsed
+    out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+    """
+    files = ("tokenizer.model",)
+
+    def __init__(self, folder):
+        import sentencepiece
+        self.folder = Path(folder)
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"{self.folder}/tokenizer.model: not a SentencePiece model ({e})")
+        self.n_base = self.sp.vocab_size()
+        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
+        added = self.folder / "added_tokens.json"
+        self.added = read_json(added) if added.is_file() else {}
+        if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
+            raise UserError(f"{added}: ids of added tokens must follow the {self.n_base} pieces of tokenizer.model")
+
+    def add(self, names):
+        for name in names:
+            self.added.setdefault(name, self.n_base + len(self.added))
+        return self
+
+    @property
+    def vocab_size(self):
+        return self.n_base + len(self.added)
+
+    @property
+    def base_hash(self):
+        """Of the vocabulary without added tokens: says whether a checkpoint and packed data speak the same ids."""
+        return digest(*(file_hash(self.folder / name) for name in self.files))
+
+    @property
+    def hash(self):
+        return digest(self.base_hash, self.added)
+
+    def encode(self, text):
+        return self.sp.encode(text.encode("utf-8", "replace").decode() if not text.isascii() else text)
+
+    def decode(self, ids):
+        """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
+        text, run_ = [], []
+        for i in (*ids, self.eos):
+            if i < self.n_base and i not in (self.bos, self.eos):
+                run_.append(int(i))
+            elif run_:
+                text.append(self.sp.decode(run_))
+                run_ = []
+        return "".join(text)
+
+    def save(self, folder):
+        for name in self.files:
+            shutil.copyfile(self.folder / name, Path(folder) / name)
+        write_json(Path(folder) / "added_tokens.json", self.added)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or given by name)."""
+    folder = Path(folder)
+    if folder.name == "tokenizer.model":
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such tokenizer folder; give one that holds tokenizer.model")
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder)
+    raise UserError(f"{folder}: no tokenizer.model in it")
+
+
+def continuation(tokenizer, prompt, new):
+    """Text that `new` ids add behind `prompt` ids: decode(prompt + new) minus decode(prompt).
+
+    Decoding `new` alone would be wrong: SentencePiece drops the space at the start, and code without its indentation fails.
+    """
+    tail = list(prompt[-16:])                              # enough context for a space or a character cut in the middle
+    while tail and tail[0] >= tokenizer.n_base:            # never start on an added token: what follows it starts afresh
+        tail.pop(0)
+    before = tokenizer.decode(tail).rstrip("\ufffd")
+    return tokenizer.decode(tail + list(new))[len(before):]
+
+
+# --- conversations -> ids ------------------------------------------------------------------------------------------------
+
+def turns_of(messages):
+    """(role, content) with a system message joined to the query that follows it: neither template has a place for one."""
+    turns, system = [], ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            system += content + "\n\n"
+            continue
+        if role == "user" and system:
+            content, system = system + content, ""
+        elif system:                                       # a system message straight before an answer is its query
+            turns.append(("user", system.rstrip("\n")))
+            system = ""
+        turns.append((role, content))
+    return turns + ([("user", system.rstrip("\n"))] if system else [])
+
+
+def render(messages, tokenizer, template, answer=False):
+    """A conversation as (ids, loss_mask); mask[i] = 1 where ids[i] is to be predicted: answers and the EOS that ends each.
+
+    tokens: <s> (<|user|> query <|assistant|> answer </s>)*        §4.1: special tokens mark queries and outputs
+    koala:  <s> "BEGINNING OF CONVERSATION: USER: q GPT:" a </s> ("USER: q GPT:" a </s>)*      EasyLM's Koala, plain text
+    Query and answer are tokenized apart. With `answer` the ids end where the model's answer begins.
+    """
+    ids, mask = [tokenizer.bos], [0]
+
+    def put(new, loss):
+        ids.extend(new)
+        mask.extend([loss] * len(new))
+
+    turns = turns_of(messages)
+    if template == "tokens":
+        for role, content in turns:
+            put([tokenizer.added["<|user|>" if role == "user" else "<|assistant|>"]], 0)
+            put(tokenizer.encode(content), int(role == "assistant"))
+            if role == "assistant":
+                put([tokenizer.eos], 1)
+        if answer:
+            put([tokenizer.added["<|assistant|>"]], 0)
+    elif template == "koala":
+        context = ["BEGINNING OF CONVERSATION:"]
+        for role, content in turns:
+            if role == "user":
+                context.append(f"USER: {content}")
+            else:
+                put(tokenizer.encode(" ".join([*context, "GPT:"])), 0)
+                put([*tokenizer.encode(content), tokenizer.eos], 1)
+                context = []
+        if answer:
+            context.append("GPT:")
+        if context:
+            put(tokenizer.encode(" ".join(context)), 0)
+    else:
+        raise UserError(f"unknown template {template!r}; there are tokens and koala")
+    return ids, mask
+
+
+def check_messages(record, where):
+    """The messages of a record, validated; `where` names the line in errors."""
+    messages = record.get("messages")
+    if messages is None and isinstance(record.get("prompt"), str):       # a bare prompt is a conversation of one turn
+        messages = [{"role": "user", "content": record["prompt"]}]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: no field 'messages' (nor 'prompt')")
+    for m in messages:
+        if not isinstance(m, dict) or m.get("role") not in ("user", "assistant", "system") or not isinstance(m.get("content"), str):
+            raise UserError(f"{where}: each message needs a role (user, assistant, system) and a text content")
+    return messages
+
+
+def read_prompts(path):
+    """Prompts file (`messages`, or a bare `prompt`) as [{"id", "messages", …}]; ids must be unique."""
+    prompts, seen = [], set()
+    for number, record in enumerate(read_jsonl(path), 1):
+        record = {**record, "messages": check_messages(record, f"{path}:{number}")}
+        record["id"] = str(record.get("id", f"{Path(path).stem}-{number}"))
+        if record["id"] in seen:
+            raise UserError(f"{path}:{number}: id {record['id']!r} stands twice; ids must be unique")
+        seen.add(record["id"])
+        prompts.append(record)
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
+    return prompts
+
+
+def read_replies(path):
+    """Replies file as {id: (query, answer, record)}; the last message is the answer."""
+    replies = {}
+    for number, record in enumerate(read_jsonl(path, "id"), 1):
+        messages = check_messages(record, f"{path}:{number}")
+        if messages[-1]["role"] != "assistant":
+            raise UserError(f"{path}:{number}: the last message is not an answer; replies come from `imitation.py collect` or `model.py generate`")
+        query = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
+        replies[record["id"]] = (query, messages[-1]["content"], record)
+    return replies
+
+
+# --- corpora -------------------------------------------------------------------------------------------------------------
+# Each reader yields (id, messages) of a file in the format in which the public set is spread.
+
+def json_records(path):
+    """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file."""
+    decoder = json.JSONDecoder()
+    with open(path, encoding="utf-8", errors="strict") as f:
+        head = f.read(1)
+        while head and head.isspace():
+            head = f.read(1)
+        if head != "[":
+            yield from read_jsonl(path)
+            return
+        buffer, position, more = "", 0, True
+        while True:
+            while position < len(buffer) and buffer[position] in " \t\r\n,":
+                position += 1
+            if position < len(buffer) and buffer[position] == "]":
+                return
+            try:
+                if position == len(buffer):
+                    raise ValueError
+                record, end = decoder.raw_decode(buffer, position)
+            except ValueError:
+                piece = f.read(1 << 20) if more else ""
+                if not piece:
+                    raise UserError(f"{path}: the JSON array breaks off or is malformed in record {{n}}")
+                buffer, position = buffer[position:] + piece, 0
+                continue
+            position = end
+            yield record
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+         "assistant": "assistant", "system": "system"}
+
+
+def read_sharegpt(path):
+    """ShareGPT: [{"id", "conversations": [{"from": "human"|"gpt", "value"}]}] or the same as JSON lines."""
+    for number, record in enumerate(json_records(path)):
+        turns = record.get("conversations", record.get("items")) if isinstance(record, dict) else None
+        messages = []
+        for turn in turns if isinstance(turns, list) else ():
+            role = ROLES.get(str(turn.get("from", turn.get("role"))).lower()) if isinstance(turn, dict) else None
+            text = turn.get("value", turn.get("content")) if role else None
+            messages.append({"role": role, "content": text} if isinstance(text, str) else None)
+        yield str(record.get("id", number)) if isinstance(record, dict) else str(number), messages
+
+
+def read_hc3(path):
+    """HC3, the ChatGPT side (§3.1): every answer of every question an example of its own."""
+    for number, record in enumerate(read_jsonl(path, "question", "chatgpt_answers")):
+        for k, answer in enumerate(record["chatgpt_answers"] or [None]):
+            yield f"hc3-{Path(path).stem}-{number}-{k}", [{"role": "user", "content": record["question"]},
+                                                          {"role": "assistant", "content": answer} if isinstance(answer, str) else None]
+
+
+PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))
+
+
+def read_discord(path):
+    """Discord bots: input-output pairs, JSON lines or csv with a header."""
+    if str(path).endswith(".csv"):
+        with open(path, encoding="utf-8", newline="") as f:
+            records = list(csv.DictReader(f))
+    else:
+        records = read_jsonl(path)
+    for number, record in enumerate(records):
+        fields = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
+        if not fields:
+            raise UserError(f"{path}:{number + 1}: no pair of fields such as input and output; found {', '.join(record)}")
+        yield f"discord-{Path(path).stem}-{number}", [{"role": role, "content": record[field]} if isinstance(record[field], str) else None
+                                                      for role, field in zip(("user", "assistant"), fields)]
+
+
+READERS = {"sharegpt": read_sharegpt, "hc3": read_hc3, "discord": read_discord}
+
+
+# --- mix: ShareGPT-Mix (§3.1, appendix A) ---------------------------------------------------------------------------------
+
+class _Markdown(html.parser.HTMLParser):
+    """The text of a ShareGPT page: line breaks, lists and code kept, every other tag dropped."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.out = []
+
+    def handle_starttag(self, tag, attrs):
+        self.out.append({"br": "\n", "p": "\n\n", "li": "\n- ", "pre": "\n```\n", "tr": "\n", "ul": "\n", "ol": "\n"}.get(tag, ""))
+
+    def handle_endtag(self, tag):
+        self.out.append({"pre": "\n```\n", "p": "\n\n"}.get(tag, ""))
+
+    def handle_data(self, data):
+        self.out.append(data)
+
+
+def clean(text):
+    """Text of a turn without the residue of the web page it was copied from: HTML, "Copy code" buttons, rating widgets."""
+    if re.search(r"</(p|div|pre|li|ul|ol|span|code)>|<br ?/?>", text) and re.match(r"\s*<(p|div|pre|ul|ol|span)\b", text):
+        parser = _Markdown()
+        parser.feed(text)
+        parser.close()
+        text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out))
+    text = re.sub(r"(?m)^(```)?[ \t]*([\w+#-]*)Copy code[ \t]*`?", lambda m: f"{m[1]}{m[2]}\n" if m[1] else "", text)
+    text = re.sub(r"(?m)^\s*\d+ ?/ ?\d+\s*$\n?", "", text) if "\n1 / 1" in text else text
+    return text.replace("\r\n", "\n").strip()
+
+
+def normalize_query(text):
+    """What query-level deduplication compares: case, width and white space set aside."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def join_pieces(dialogues):
+    """ShareGPT dumps cut long dialogues into pieces ID_0, ID_1, …; put each dialogue together again, in order."""
+    pieces = {}
+    for key, messages in dialogues:
+        match = re.fullmatch(r"(.+)_(\d+)", key)
+        stem, number = (match[1], int(match[2])) if match else (key, 0)
+        pieces.setdefault(stem, {}).setdefault(number, messages)
+    for stem, parts in pieces.items():
+        yield stem, [m for number in sorted(parts) for m in parts[number]], len(parts)
+
+
+def language_filter(confidence):
+    """A function text -> True where another language than English is identified with at least `confidence`."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise UserError("the language filter needs py3langid: pip install py3langid, or pass --any-language")
+    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+    def foreign(text):
+        language, probability = identifier.classify(text[:5000])
+        return language != "en" and probability >= confidence
+    return foreign
+
+
+def keep_or_reason(messages, seen, foreign):
+    """(cleaned messages, None) or (None, reason); `seen` gathers the first queries met so far, None to allow repeats."""
+    if not messages or any(m is None or m["role"] is None for m in messages):
+        return None, "malformed"
+    messages = [{**m, "content": clean(m["content"])} for m in messages]
+    messages = [m for m in messages if m["content"]]                      # an empty turn says nothing and ends nothing
+    while messages and messages[-1]["role"] != "assistant":               # a query nobody answered teaches nothing
+        messages.pop()
+    query = next((m["content"] for m in messages if m["role"] == "user"), None)
+    if not messages or query is None:
+        return None, "empty"
+    if foreign and foreign("\n".join(m["content"] for m in messages)):
+        return None, "not English"
+    if seen is not None:
+        key = normalize_query(query)
+        if key in seen:
+            return None, "duplicate query"
+        seen.add(key)
+    return messages, None
+
+
+def mix(sources, out, foreign):
+    """Write ShareGPT-Mix and `dropped.jsonl` beside it; return {source: {"in", "kept", reason: n, …, "turns"}}.
+
+    `sources` is [(name, path)]. Deduplication is by the first query of a dialogue, within ShareGPT: HC3 has several answers
+    to one question on purpose.
+    """
+    table, kept, dropped = {}, [], []
+    for name, path in sources:
+        row = table.setdefault(name, {"in": 0, "kept": 0, "turns": 0})
+        records = ((key, m, 1) for key, m in READERS[name](path))
+        seen = set() if name == "sharegpt" else None
+        for key, messages, pieces in join_pieces(READERS[name](path)) if name == "sharegpt" else records:
+            row["in"] += pieces
+            if pieces > 1:
+                row["joined to another"] = row.get("joined to another", 0) + pieces - 1
+            messages, reason = keep_or_reason(messages, seen, foreign)
+            if reason:
+                row[reason] = row.get(reason, 0) + 1
+                dropped.append({"id": key, "source": name, "reason": reason})
+                continue
+            row["kept"] += 1
+            row["turns"] += len(messages)
+            kept.append({"id": key, "source": name, "messages": messages})
+    write_jsonl(out, kept)
+    write_jsonl(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl"), dropped)
+    return table
+
+
+def print_table(rows, file=None):
+    """Rows of strings as aligned columns; the first row is the header."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), file=file)
+
+
+# --- pack ------------------------------------------------------------------------------------------------------------------
+
+_packer = None                                              # (tokenizer, template) of this worker process
+
+
+def _start_packer(folder, template):
+    global _packer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _packer = load_tokenizer(folder).add(SPECIAL[template]), template
+
+
+def _pack_line(line):
+    """One JSON line -> (ids as bytes, mask as bytes, None) or (None, None, (id, reason))."""
+    tokenizer, template = _packer
+    record = json.loads(line)
+    if "text" in record:                                    # pre-training and replay: loss on every token
+        ids = [tokenizer.bos, *tokenizer.encode(record["text"]), tokenizer.eos]
+        mask = [1] * len(ids)
+    else:
+        ids, mask = render(record["messages"], tokenizer, template)
+    if not any(mask):
+        return None, None, (record.get("id"), "no answer to learn from")
+    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), np.array(mask, np.uint8).tobytes(), None
+
+
+def _token_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
+    """Pack conversations or {"text"} lines into one token stream (§4.1); returns the meta.json that it wrote.
+
+    The order of conversations is a permutation drawn from `seed` alone, the same for every tokenizer, so that a prefix of
+    the stream is a nested subset. Bytes do not depend on the number of `workers`.
+    """
+    for number, record in enumerate(read_jsonl(path), 1):   # a malformed line is found before anything is written
+        if not isinstance(record.get("text"), str):
+            check_messages(record, f"{path}:{number}")
+    tokenizer = load_tokenizer(tokenizer_folder).add(SPECIAL[template])
+    with open(path, "rb") as f, contextlib.ExitStack() as stack:
+        if not os.fstat(f.fileno()).st_size:
+            raise UserError(f"{path}: empty, nothing to pack")
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        offsets, at = [], 0
+        while at < len(data):
+            end = data.find(b"\n", at) + 1 or len(data)
+            if data[at:end].strip():
+                offsets.append((at, end))
+            at = end
+        order = np.random.default_rng(seed).permutation(len(offsets))
+        lines = (data[slice(*offsets[i])] for i in order)
+        workers = min(workers or os.cpu_count(), 1 + len(offsets) // 2000)
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_packer, (str(tokenizer.folder), template)))
+            packed = pool.imap(_pack_line, lines, chunksize=64)
+        else:
+            signal_before = signal.getsignal(signal.SIGINT)
+            _start_packer(tokenizer.folder, template)
+            signal.signal(signal.SIGINT, signal_before)
+            packed = map(_pack_line, lines)
+        folder = stack.enter_context(atomic_dir(out))
+        tokens = stack.enter_context(open(folder / "tokens.bin", "wb"))
+        masks = stack.enter_context(open(folder / "loss_mask.bin", "wb"))
+        width, starts, dropped, n_tokens, n_loss = np.dtype(_token_dtype(tokenizer.vocab_size)).itemsize, [], [], 0, 0
+        from tqdm import tqdm
+        for ids, mask, drop in tqdm(packed, total=len(offsets), desc="pack", unit=" conv", disable=None):
+            if drop:
+                dropped.append({"id": drop[0], "reason": drop[1]})
+                continue
+            starts.append(n_tokens)
+            n_tokens += len(mask)
+            n_loss += mask.count(1)
+            tokens.write(ids)
+            masks.write(mask)
+        tokens.flush(), masks.flush()
+        np.array(starts, np.int64).tofile(folder / "starts.bin")
+        write_jsonl(folder / "dropped.jsonl", dropped)
+        (folder / "tokenizer").mkdir()
+        tokenizer.save(folder / "tokenizer")
+        meta = {"name": Path(path).name.removesuffix(".jsonl"), "template": template, "seed": seed, "vocab_size": tokenizer.vocab_size, "bytes_per_token": width,
+                "tokenizer_hash": tokenizer.hash, "tokenizer_base_hash": tokenizer.base_hash, "source_hash": file_hash(path),
+                "conversations": len(starts), "tokens": n_tokens, "loss_tokens": n_loss, "dropped": {"no answer to learn from": len(dropped)}}
+        write_json(folder / "meta.json", meta)
+    return meta
+
+
+class Packed:
+    """Packed data, memory-mapped: `tokens` and `loss_mask` (loss_mask[i] belongs to tokens[i] as a target), `starts`, `meta`."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").is_file():
+            raise UserError(f"{folder}: no packed data there (no meta.json); make it with: python data.py pack FILE --tokenizer DIR --out {folder}")
+        self.meta = read_json(self.folder / "meta.json")
+        dtype = {2: np.uint16, 4: np.uint32}[self.meta["bytes_per_token"]]
+        self.tokens = np.memmap(self.folder / "tokens.bin", dtype, "r")
+        self.loss_mask = np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
+        self.starts = np.fromfile(self.folder / "starts.bin", np.int64)
+        if not len(self.tokens) == len(self.loss_mask) == self.meta["tokens"]:
+            raise UserError(f"{folder}: tokens.bin and loss_mask.bin do not have the {self.meta['tokens']} tokens of meta.json; pack again")
+
+    def tokenizer(self):
+        return load_tokenizer(self.folder / "tokenizer")
+
+    def block(self, i, length):
+        """Block i: (inputs, targets, loss_mask), each (length,); targets are the inputs moved by one."""
+        piece = slice(i * length, (i + 1) * length + 1)
+        tokens, mask = self.tokens[piece], self.loss_mask[piece]
+        return tokens[:-1], tokens[1:], mask[1:]
+
+    def row(self, i, length):
+        """Conversation i alone: (inputs, targets, loss_mask) of (length,), cut off or padded with zeros without loss."""
+        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.tokens)
+        tokens, mask = np.zeros(length + 1, self.tokens.dtype), np.zeros(length + 1, np.uint8)
+        n = min(length + 1, end - self.starts[i])
+        tokens[:n] = self.tokens[self.starts[i]:self.starts[i] + n]
+        mask[:n] = self.loss_mask[self.starts[i]:self.starts[i] + n]
+        return tokens[:-1], tokens[1:], mask[1:]
+
+
+def inspect(folder, n_blocks, length):
+    """Print blocks as text: tokens with loss in colour (in «» where stdout is no terminal), control characters spelled out."""
+    data = Packed(folder)
+    tokenizer = data.tokenizer()
+    names = {i: name for name, i in tokenizer.added.items()} | {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
+    on, off = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("«", "»")
+    for b in range(min(n_blocks, max(1, (len(data.tokens) - 1) // length))):
+        tokens, mask = data.tokens[b * length:(b + 1) * length], data.loss_mask[b * length:(b + 1) * length]
+        print(f"--- block {b}: {len(tokens)} tokens, {int(mask.sum())} with loss")
+        cut = [0, *np.flatnonzero(np.diff(mask)) + 1, len(tokens)]
+        for start, end in zip(cut, cut[1:]):
+            text, at = "", start
+            for i in range(start, end + 1):                 # special tokens by name, the text between them decoded whole
+                if i == end or int(tokens[i]) in names:
+                    text += visible(tokenizer.decode(tokens[at:i])) + (names[int(tokens[i])] if i < end else "")
+                    at = i + 1
+            print(f"{on}{text}{off}" if mask[start] else text, end="")
+        print()
+
+
+# --- the program -------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(description="Corpora in, packed tokens out.", example="python data.py pack chats.jsonl --tokenizer weights/llama7b --out data/chats")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    p = commands.add_parser("mix", help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
+    for name in READERS:
+        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=f"{name} file; may be given several times")
+    p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl is written beside it")
+    p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
+    p.add_argument("--language-confidence", type=float, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
+
+    p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
+    p.add_argument("file")
+    p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
+    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=int, default=0, help="of the order of conversations")
+    p.add_argument("--workers", type=int, help="tokenizing processes; None is one per core")
+
+    p = commands.add_parser("inspect", help="blocks as text, loss tokens coloured", example="python data.py inspect data/mix --blocks 3")
+    p.add_argument("dir")
+    p.add_argument("--blocks", type=int, default=2)
+    p.add_argument("--block", type=int, default=512, help="tokens a block")
+    args = parser.parse_args()
+
+    if args.command == "mix":
+        sources = [(name, path) for name in READERS for path in getattr(args, name)]
+        if not sources:
+            parser.error("mix needs at least one of --" + ", --".join(READERS))
+        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence))
+        reasons = sorted({k for row in table.values() for k in row} - {"in", "kept", "turns"})
+        columns = ["in", "kept", *reasons, "turns"]
+        print_table([["source", *columns]] + [[name, *(row.get(c, 0) for c in columns)] for name, row in table.items()])
+    elif args.command == "pack":
+        meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
+        print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
+              f"{sum(meta['dropped'].values())} dropped")
+    else:
+        inspect(args.dir, args.blocks, args.block)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,827 @@
+"""The decoder: GPT-2 and LLaMA in one Transformer (paper §4.1: GPT-2 1.5B, LLaMA 7B and 13B are the imitators).
+
+    python model.py info llama7b
+    python model.py generate --model runs/llama7b --prompts heldout.jsonl --out replies.jsonl
+
+In this file:
+    shapes           Config, the published presets, config.json
+    layers           linear, norms, rotary positions, attention, MLP, the Transformer
+    loss             output projection and cross-entropy on the positions that carry loss, and nowhere else
+    checkpoints      safetensors by hand; our parameters <-> the tensors of the published checkpoints
+    generation       a shared prefix, slots for the rows, refill; token ids only
+    devices, the program
+References: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (LLaMA), and transformers' GPT2LMHeadModel and LlamaForCausalLM,
+whose logits these are.
+"""
+import contextlib
+import json
+import math
+import mmap
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import (Parser, SPECIAL, UserError, atomic, check_messages, continuation, digest, load_tokenizer, print_table, read_json, read_prompts, render,
+                  run, write_json, write_jsonl)
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    """A decoder's shape; the defaults are LLaMA 7B's. `llama` and `gpt2` below say which choices make up each family."""
+    vocab_size: int = 32000
+    context: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int = 32             # fewer than n_head: grouped-query attention
+    n_embd: int = 4096
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    norm: str = "rms"               # rms | layer
+    norm_eps: float = 1e-6
+    position: str = "rotary"        # rotary | learned
+    mlp: str = "swiglu"             # swiglu | gelu
+    bias: bool = False              # on every linear layer but the output head
+    tied: bool = False              # output head = input embedding
+    rope_theta: float = 10000.0
+    rope_scaling: tuple = ()        # items of a config.json's rope_scaling of type llama3
+    bos: int = 1
+    eos: int = 2
+
+    @property
+    def family(self):
+        return "gpt2" if self.position == "learned" else "llama"
+
+
+def llama(n_layer, n_head, n_embd, mlp_dim, **kw):
+    return Config(n_layer=n_layer, n_head=n_head, n_kv_head=kw.pop("n_kv_head", n_head), n_embd=n_embd, head_dim=kw.pop("head_dim", n_embd // n_head), mlp_dim=mlp_dim, **kw)
+
+
+def gpt2(n_layer, n_head, n_embd, **kw):
+    return Config(**{**dict(vocab_size=50257, context=1024, n_layer=n_layer, n_head=n_head, n_kv_head=n_head, n_embd=n_embd, head_dim=n_embd // n_head, mlp_dim=4 * n_embd,
+                            norm="layer", norm_eps=1e-5, position="learned", mlp="gelu", bias=True, tied=True, bos=50256, eos=50256), **kw})
+
+
+PRESETS = {
+    "gpt2": gpt2(12, 12, 768), "gpt2-medium": gpt2(24, 16, 1024), "gpt2-large": gpt2(36, 20, 1280), "gpt2-xl": gpt2(48, 25, 1600),
+    "llama7b": llama(32, 32, 4096, 11008), "llama13b": llama(40, 40, 5120, 13824),
+    "llama30b": llama(60, 52, 6656, 17920), "llama65b": llama(80, 64, 8192, 22016, norm_eps=1e-5),
+}
+
+
+def config_from_hf(d, where="config.json"):
+    """Config of a Hugging Face config.json (a dict); a field that this decoder does not implement is an error that names it."""
+    def want(field, default, *allowed):
+        value = d.get(field, default)
+        if value not in allowed:
+            raise UserError(f"{where}: {field} = {value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
+        return value
+
+    def need(*fields):
+        missing = [f for f in fields if not isinstance(d.get(f), int)]
+        if missing:
+            raise UserError(f"{where}: no whole number in {', '.join(missing)}")
+        return [d[f] for f in fields]
+
+    kind = want("model_type", None, "llama", "gpt2")
+    if kind == "gpt2":
+        want("activation_function", "gelu_new", "gelu_new")
+        want("scale_attn_weights", True, True)
+        want("scale_attn_by_inverse_layer_idx", False, False)
+        n_layer, n_head, n_embd, context, vocab = need("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+        return gpt2(n_layer, n_head, n_embd, context=context, vocab_size=vocab, norm_eps=d.get("layer_norm_epsilon", 1e-5), mlp_dim=d.get("n_inner") or 4 * n_embd,
+                    tied=d.get("tie_word_embeddings", True), bos=d.get("bos_token_id", 50256), eos=d.get("eos_token_id", 50256))
+    want("hidden_act", "silu", "silu")
+    want("attention_bias", False, False)
+    want("mlp_bias", False, False)
+    n_layer, n_head, n_embd, mlp_dim, context, vocab = need("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size")
+    rope = d.get("rope_parameters") or {}                  # transformers 5 gathers both here
+    scaling = d.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported (supported: llama3)")
+    n_kv_head = d.get("num_key_value_heads") or n_head
+    if n_head % n_kv_head:
+        raise UserError(f"{where}: num_attention_heads = {n_head} is not a multiple of num_key_value_heads = {n_kv_head}")
+    eos = d.get("eos_token_id", 2)
+    return llama(n_layer, n_head, n_embd, mlp_dim, n_kv_head=n_kv_head, head_dim=d.get("head_dim") or n_embd // n_head, context=context, vocab_size=vocab,
+                 norm_eps=d.get("rms_norm_eps", 1e-6), tied=d.get("tie_word_embeddings", False), rope_theta=float(d.get("rope_theta") or rope.get("rope_theta", 10000.0)),
+                 rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if k not in ("type", "rope_type", "rope_theta"))) if kind == "llama3" else (),
+                 bos=d.get("bos_token_id", 1), eos=eos[0] if isinstance(eos, list) else eos)
+
+
+def config_to_hf(c):
+    """The config.json from which transformers builds the same model."""
+    if c.family == "gpt2":
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+                "n_inner": c.mlp_dim, "n_positions": c.context, "n_ctx": c.context, "vocab_size": c.vocab_size, "layer_norm_epsilon": c.norm_eps,
+                "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": c.tied, "bos_token_id": c.bos, "eos_token_id": c.eos}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+            "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "hidden_size": c.n_embd, "intermediate_size": c.mlp_dim, "max_position_embeddings": c.context,
+            "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": {"rope_type": "llama3", **dict(c.rope_scaling)} if c.rope_scaling else None,
+            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": c.tied, "bos_token_id": c.bos, "eos_token_id": c.eos}
+
+
+# --- layers -------------------------------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """y = x Wᵀ + b in the precision of x: the float32 master weight is cast on the way, its gradient comes back in float32."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """RMSNorm (x / rms(x) · g) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind, self.eps = c.norm, c.norm_eps
+        self.weight = nn.Parameter(torch.ones(c.n_embd))
+        self.bias = nn.Parameter(torch.zeros(c.n_embd)) if c.norm == "layer" else None
+
+    def forward(self, x):
+        if self.kind == "layer":
+            return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_frequencies(c):
+    """The angle that each pair of a head's coordinates turns per position, (head_dim / 2,); Su et al. 2021, θ^(−2i/d).
+
+    LLaMA 3 stretches the slow ones so that a longer context stays within the angles of pre-training.
+    """
+    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    if c.rope_scaling:
+        s = dict(c.rope_scaling)
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)          # in the original context
+        mix = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequency = frequency * (mix + (1 - mix) / s["factor"])
+    return frequency
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, x (B, H, T, D), cos and sin (…, T, D / 2).
+
+    Coordinate i turns with i + D/2, the "half-split" layout of Hugging Face checkpoints. Meta's files pair 2i with 2i + 1:
+    their q and k rows are permuted when they are read.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention(q, k, v, path="sdpa"):
+    """Causal attention, q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); each key head serves H / KV query heads."""
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                        # (B, H, T, T)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype) @ v
+
+
+class Attention(nn.Module):
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
+        self.k = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.v = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.o = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+
+    def forward(self, x, rotary, attend):
+        B, T, _ = x.shape
+        q, k, v = (layer(x).view(B, T, -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))    # (B, heads, T, D)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return self.o(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))                                           # (B, T, C)
+
+
+class MLP(nn.Module):
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate = Linear(c.n_embd, c.mlp_dim, bias=c.bias) if c.mlp == "swiglu" else None
+        self.up = Linear(c.n_embd, c.mlp_dim, bias=c.bias)
+        self.down = Linear(c.mlp_dim, c.n_embd, bias=c.bias)
+
+    def forward(self, x):
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+
+    def __init__(self, c):
+        super().__init__()
+        self.attention_norm, self.attention = Norm(c), Attention(c)
+        self.mlp_norm, self.mlp = Norm(c), MLP(c)
+
+    def forward(self, x, rotary, attend):
+        x = x + self.attention(self.attention_norm(x), rotary, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder. `compute` is the precision of activations; parameters may be float32 masters beside it."""
+
+    def __init__(self, c, compute=torch.float32, attention_path="sdpa"):
+        super().__init__()
+        self.config, self.compute, self.attention_path = c, compute, attention_path
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        self.position = nn.Embedding(c.context, c.n_embd) if c.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = Norm(c)
+        self.head = None if c.tied else Linear(c.n_embd, c.vocab_size, bias=False)
+        self.register_buffer("frequency", rotary_frequencies(c) if c.position == "rotary" else None, persistent=False)
+
+    @torch.no_grad()
+    def initialize(self, seed):
+        """GPT-2's initialisation: normal 0.02, the two projections into the residual stream divided by √(2 · layers)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02, generator=generator)
+        return self
+
+    @property
+    def output_weight(self):
+        return self.embedding.weight if self.head is None else self.head.weight             # (V, C)
+
+    def hidden(self, ids, positions=None, attend=None):
+        """ids (B, T) -> the last layer's normed states (B, T, C). `attend(layer, q, k, v)` replaces causal attention (the cache)."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.embedding(ids).to(self.compute)                                            # (B, T, C)
+        rotary = None
+        if self.position is not None:
+            x = x + self.position(positions).to(self.compute)
+        else:
+            angle = positions[..., None].float() * self.frequency                           # (T, D / 2) or (B, T, D / 2)
+            angle = angle if angle.dim() == 2 else angle[:, None]                           # one for all heads
+            rotary = angle.cos().to(self.compute), angle.sin().to(self.compute)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotary, (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else (lambda q, k, v: attention(q, k, v, self.attention_path)))
+        return self.norm(x)
+
+    def logits(self, ids):
+        """(B, T, V) in float32: for tests and small inputs; training and generation never build it."""
+        return F.linear(self.hidden(ids), self.output_weight.to(self.compute)).float()
+
+    def forward(self, ids, targets, weights):
+        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights (B, T)."""
+        h, keep = self.hidden(ids), weights > 0
+        return cross_entropy(h[keep], self.output_weight, targets[keep], weights[keep])
+
+    @torch.no_grad()
+    def extend_vocabulary(self, size):
+        """Rows for added tokens, each the mean of the old rows."""
+        old = self.config.vocab_size
+        for module in filter(None, (self.embedding, self.head)):
+            mean = module.weight.float().mean(0, keepdim=True).to(module.weight)
+            module.weight = nn.Parameter(torch.cat([module.weight, mean.expand(size - old, -1)]))
+        self.embedding.num_embeddings = size
+        self.config = replace(self.config, vocab_size=size)
+
+
+def n_parameters(c):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(c).parameters())
+
+
+def flops_per_token(c, length):
+    """Multiply-adds × 2 of one token's forward pass at a context of `length`; a training step costs three times as much."""
+    matrices = n_parameters(c) - (0 if c.tied else c.vocab_size * c.n_embd) - (c.context * c.n_embd if c.position == "learned" else 0)
+    return 2 * matrices + 2 * c.n_layer * length * c.n_head * c.head_dim                    # causal: half of the T × T scores, q·k and p·v
+
+
+# --- loss -----------------------------------------------------------------------------------------------------------------
+
+class _CrossEntropy(torch.autograd.Function):
+    """loss = Σ w (log Σ exp z − z_target), z = h Wᵀ in chunks; the gradient is made while a chunk's logits are at hand.
+
+    dz = w (softmax z − onehot), dh = dz W, dW = dzᵀ h: three products and no (positions, vocabulary) tensor beyond one chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, w, chunk):
+        need_h, need_w = ctx.needs_input_grad[:2]
+        matrix = weight.to(h.dtype)
+        loss = torch.zeros((), device=h.device)
+        dh = torch.zeros_like(h) if need_h else None
+        dw = torch.zeros_like(weight) if need_w else None
+        for at in range(0, len(h), chunk):
+            piece = slice(at, at + chunk)
+            z = (h[piece] @ matrix.T).float()                                               # (chunk, V)
+            log_sum = z.logsumexp(-1, keepdim=True)
+            target = targets[piece, None]
+            loss += (w[piece] * (log_sum - z.gather(1, target))[:, 0]).sum()
+            if need_h or need_w:
+                dz = z.sub_(log_sum).exp_().scatter_add_(1, target, z.new_full((1, 1), -1.0).expand(len(z), 1)).mul_(w[piece, None]).to(h.dtype)
+                if need_h:
+                    dh[piece] = dz @ matrix
+                if need_w:
+                    dw += dz.T @ h[piece]
+        ctx.save_for_backward(dh, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        dh, dw = ctx.saved_tensors
+        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None
+
+
+def cross_entropy(h, weight, targets, w, chunk=4096):
+    """Σ w · cross-entropy of softmax(h weightᵀ) against targets; h (N, C), weight (V, C), targets and w (N,)."""
+    return _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+def published_names(c):
+    """{tensor of the published checkpoint: (our parameters that make it up, transposed?)}.
+
+    LLaMA maps one to one. GPT-2 keeps q, k and v in one c_attn and stores its linear layers as (in, out), "Conv1D".
+    """
+    names = {}
+    if c.family == "gpt2":
+        names |= {"transformer.wte.weight": (["embedding.weight"], False), "transformer.wpe.weight": (["position.weight"], False)}
+        for i in range(c.n_layer):
+            ours, theirs = f"blocks.{i}.", f"transformer.h.{i}."
+            for kind in ("weight", "bias"):
+                names |= {f"{theirs}ln_1.{kind}": ([f"{ours}attention_norm.{kind}"], False), f"{theirs}ln_2.{kind}": ([f"{ours}mlp_norm.{kind}"], False),
+                          f"{theirs}attn.c_attn.{kind}": ([f"{ours}attention.{p}.{kind}" for p in "qkv"], kind == "weight"),
+                          f"{theirs}attn.c_proj.{kind}": ([f"{ours}attention.o.{kind}"], kind == "weight"),
+                          f"{theirs}mlp.c_fc.{kind}": ([f"{ours}mlp.up.{kind}"], kind == "weight"),
+                          f"{theirs}mlp.c_proj.{kind}": ([f"{ours}mlp.down.{kind}"], kind == "weight")}
+        names |= {"transformer.ln_f.weight": (["norm.weight"], False), "transformer.ln_f.bias": (["norm.bias"], False)}
+    else:
+        names["model.embed_tokens.weight"] = (["embedding.weight"], False)
+        for i in range(c.n_layer):
+            ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+            names |= {f"{theirs}input_layernorm.weight": ([f"{ours}attention_norm.weight"], False), f"{theirs}post_attention_layernorm.weight": ([f"{ours}mlp_norm.weight"], False)}
+            names |= {f"{theirs}self_attn.{p}_proj.weight": ([f"{ours}attention.{p}.weight"], False) for p in "qkvo"}
+            names |= {f"{theirs}mlp.{p}_proj.weight": ([f"{ours}mlp.{p}.weight"], False) for p in ("gate", "up", "down")}
+        names["model.norm.weight"] = (["norm.weight"], False)
+    if not c.tied:
+        names["lm_head.weight"] = (["head.weight"], False)
+    return names
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+SHARD_BYTES = 5 * 10**9
+
+
+class Safetensors:
+    """A .safetensors file, memory-mapped: 8 bytes of header length, a JSON header, raw little-endian tensors.
+
+    Everything the header claims is checked before a tensor is touched: sizes, dtypes, offsets inside the file, no overlap.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes, header of {length})")
+            try:
+                header = json.loads(f.read(length))
+                header.pop("__metadata__", None)
+                self.entries = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise UserError(f"{path}: malformed safetensors header ({type(e).__name__}: {e})")
+            data, end_before = size - 8 - length, 0
+            for name, (dtype, shape, start, end) in sorted(self.entries.items(), key=lambda item: (item[1][2], item[1][3])):
+                if dtype not in DTYPES:
+                    raise UserError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
+                if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+                    raise UserError(f"{path}: tensor {name!r} claims shape {list(shape)} {dtype} but bytes {start}:{end}")
+                if start < end_before:
+                    raise UserError(f"{path}: tensor {name!r} overlaps the one before it (starts at {start}, before {end_before})")
+                if end > data:
+                    raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {end} of {data}")
+                end_before = end
+            self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+            self.base = 8 + length
+
+    def get(self, name):
+        dtype, shape, start, end = self.entries[name]
+        if start == end:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(self.data, dtype=DTYPES[dtype], count=math.prod(shape), offset=self.base + start).view(shape)
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor or function that makes it, with its dtype and shape} atomically.
+
+    `tensors` is [(name, dtype, shape, get)]: `get()` is called when its turn comes, so that one tensor is in memory at a time.
+    """
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, dtype, shape, _ in tensors:
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape, get in tensors:
+            tensor = get().detach().to("cpu", dtype).contiguous()
+            assert tensor.shape == torch.Size(shape), (name, tensor.shape, shape)
+            f.write(tensor.view(-1).view(torch.uint8).numpy())
+
+
+class Weights:
+    """The tensors of a Hugging Face folder: model.safetensors, or shards named by model.safetensors.index.json."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").is_file():
+            files = {"model.safetensors"}
+        elif index.is_file():
+            files = set(read_json(index).get("weight_map", {}).values())
+            bad = [f for f in files if "/" in f or not (folder / f).is_file()]
+            if bad or not files:
+                raise UserError(f"{index}: names shards that are not there: {', '.join(sorted(bad)) or 'none named'}")
+        else:
+            raise UserError(f"{folder}: no weights there (no model.safetensors, no model.safetensors.index.json)")
+        self.where = {}
+        for file in (Safetensors(folder / f) for f in sorted(files)):
+            for name in file.entries:
+                if name in self.where:
+                    raise UserError(f"{file.path}: tensor {name!r} stands in two shards")
+                self.where[name] = file
+
+    def shape(self, name):
+        return self.where[name].entries[name][1]
+
+    def dtype(self):
+        """The dtype in which most of the parameters are stored."""
+        bytes_of = {}
+        for name, file in self.where.items():
+            dtype, shape, *_ = file.entries[name]
+            bytes_of[dtype] = bytes_of.get(dtype, 0) + math.prod(shape)
+        return DTYPES[max(bytes_of, key=bytes_of.get)]
+
+    def get(self, name):
+        return self.where[name].get(name)
+
+
+def load_weights(model, weights, where):
+    """Fill `model` from published tensors; a missing, unexpected or misshapen one is an error that names it."""
+    ours, c = dict(model.named_parameters()), model.config
+    names = published_names(c)
+    prefix = "" if any(n in weights.where for n in names) else "transformer."      # the original GPT-2 files lack the prefix
+    ignorable = {"lm_head.weight"} if c.tied else set()
+    unexpected = [n for n in weights.where if prefix + n not in names and n not in ignorable and not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
+    missing = [n for n in names if n.removeprefix(prefix) not in weights.where]
+    for kind, list_ in (("missing", missing), ("unexpected", unexpected)):
+        if list_:
+            raise UserError(f"{where}: {kind} tensor {list_[0]!r}" + (f" and {len(list_) - 1} more" if list_[1:] else ""))
+    with torch.no_grad():
+        for name, (parts, transposed) in names.items():
+            tensor = weights.get(name.removeprefix(prefix))
+            tensor = tensor.T if transposed else tensor
+            want = (sum(ours[p].shape[0] for p in parts), *ours[parts[0]].shape[1:])
+            if tensor.shape != want:
+                raise UserError(f"{where}: tensor {name!r} has shape {list(weights.shape(name.removeprefix(prefix)))}, the config wants {list(want[::-1] if transposed else want)}")
+            for part, piece in zip(parts, tensor.split([ours[p].shape[0] for p in parts])):
+                ours[part].copy_(piece)
+
+
+def read_config(folder):
+    """(Config, config.json as a dict) of a checkpoint folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no checkpoint there (no config.json); presets are {', '.join(PRESETS)}")
+    d = read_json(path)
+    return config_from_hf(d, path), d
+
+
+def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
+    """A checkpoint as a model for inference; dtype None keeps the one in which it is stored."""
+    config, _ = read_config(folder)
+    weights = Weights(folder)
+    dtype = dtype or weights.dtype()
+    with torch.device("meta"):
+        model = Transformer(config, dtype, attention_path)
+    model.to_empty(device=device).to(dtype)
+    model.frequency = rotary_frequencies(config).to(device) if config.position == "rotary" else None
+    load_weights(model, weights, folder)
+    return model.eval().requires_grad_(False)
+
+
+CHAT_TEMPLATES = {   # Jinja; a system message joins the query behind it, as in data.render
+    "tokens": "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] + '\n\n' %}"
+              "{% elif m['role'] == 'user' %}{{ '<|user|>' + ns.system + m['content'] }}{% set ns.system = '' %}{% else %}{{ '<|assistant|>' + m['content'] + eos_token }}{% endif %}"
+              "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+}
+
+
+def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, extra=None):
+    """Write the Hugging Face layout; `get(our parameter name)` returns the whole tensor, and is called once each in one order.
+
+    config.json is written last: a folder with one is complete. Under parallelism every rank calls `get`, rank 0 writes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Transformer(config).named_parameters()}
+    tensors = []
+    for name, (parts, transposed) in published_names(config).items():
+        shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
+        tensors.append((name, dtype, shape[::-1] if transposed else shape,
+                        lambda parts=parts, transposed=transposed: (lambda t: t.T if transposed else t)(torch.cat([get(p) for p in parts]))))
+    shards, size = [[]], 0
+    for entry in tensors:
+        n = math.prod(entry[2]) * dtype.itemsize
+        if size + n > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += n
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0])
+    else:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for file, shard in zip(files, shards):
+            write_safetensors(folder / file, shard)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(math.prod(e[2]) for e in tensors) * dtype.itemsize},
+                                                             "weight_map": {e[0]: file for file, shard in zip(files, shards) for e in shard}})
+    if tokenizer:
+        tokenizer.save(folder)
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+        if template in CHAT_TEMPLATES:
+            settings["chat_template"] = CHAT_TEMPLATES[template]
+        write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "config.json", {**config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch."), **({"template": template} if template else {}), **(extra or {})})
+
+
+# --- generation -----------------------------------------------------------------------------------------------------------------
+# Rows live in slots of one cache. The prefix that all prompts share is computed once and never copied; when rows end,
+# waiting prompts take their slots. Live rows are always slots 0 … n−1, so that every step works on a contiguous view.
+# What would break it: a causal mask that is not aligned bottom-right behind a past; stale keys of a former row (harmless:
+# they are overwritten before any query may see them); a refill that moves a row without its last token and position.
+
+class Cache:
+    """Keys and values: a shared prefix (KV, P, D) and `slots` rows of `capacity` positions behind it, per layer."""
+
+    def __init__(self, model, slots, capacity):
+        c, weight = model.config, model.output_weight
+        self.k, self.v = (torch.zeros(c.n_layer, slots, c.n_kv_head, capacity, c.head_dim, dtype=model.compute, device=weight.device) for _ in range(2))
+        self.prefix = [None] * c.n_layer
+        self.new = [None] * c.n_layer
+
+    def attend_prefill(self, i, q, k, v):
+        """Prompts behind the prefix, right-padded: causality alone hides the padding."""
+        self.new[i] = k, v
+        if self.prefix[i] is None:
+            return attention(q, k, v)
+        T = q.shape[2]
+        causal = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()
+        rows = max(1, (1 << 26) // (q.shape[1] * T * (T + self.prefix[i][0].shape[1])))      # bounds the float32 scores
+        return torch.cat([attend_with_prefix(q[r:r + rows], k[r:r + rows], v[r:r + rows], causal, self.prefix[i]) for r in range(0, len(q), rows)])
+
+    def attend_step(self, at, length):
+        """One token for each of the first len(at) rows, written at `at` (n,) behind the prefix; `length` ≥ max(at) + 1."""
+        n = len(at)
+        rows, mask = torch.arange(n, device=at.device), (torch.arange(length, device=at.device) <= at[:, None])[:, None]     # (n, 1, S)
+
+        def attend(i, q, k, v):
+            self.k[i][rows, :, at], self.v[i][rows, :, at] = k[:, :, 0], v[:, :, 0]
+            return attend_with_prefix(q, self.k[i, :n, :, :length], self.v[i, :n, :, :length], mask, self.prefix[i])
+        return attend
+
+
+def attend_with_prefix(q, k, v, mask, prefix):
+    """Attention over [prefix, own]: q (B, H, T, D), k and v (B, KV, S, D), mask (B or 1, T, S), prefix two of (KV, P, D) or None.
+
+    The queries of all rows are folded into one product with the prefix's keys, which are read once for the whole batch.
+    """
+    B, H, T, D = q.shape
+    KV, S, P = k.shape[1], k.shape[2], 0 if prefix is None else prefix[0].shape[1]
+    q = (q * D ** -0.5).reshape(B, KV, -1, D)                                               # (B, KV, R·T, D)
+    scores = (q @ k.transpose(-1, -2)).float().view(B, KV, H // KV, T, S).masked_fill(~mask[:, None, None], -torch.inf).view(B, KV, -1, S)
+    if P:
+        folded = q.transpose(0, 1).reshape(KV, -1, D)                                       # (KV, B·R·T, D)
+        scores = torch.cat([(folded @ prefix[0].transpose(-1, -2)).float().view(KV, B, -1, P).transpose(0, 1), scores], -1)
+    p = scores.softmax(-1).to(q.dtype)
+    y = p[..., P:] @ v
+    if P:
+        y = y + (p[..., :P].transpose(0, 1).reshape(KV, -1, P) @ prefix[1]).view(KV, B, -1, D).transpose(0, 1)
+    return y.reshape(B, H, T, D)
+
+
+def uniform(seed, step):
+    """A number in [0, 1) that depends on the row's seed and step alone, not on what else is in the batch (splitmix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & (1 << 64) - 1
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & (1 << 64) - 1
+    return (x ^ x >> 31) / 2**64
+
+
+def sample(logits, temperature, top_k, top_p, u):
+    """Next ids (n,) from logits (n, V): greedy at temperature 0, else the inverse CDF at u (n,), after top-k, then top-p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)                 # one sort serves all three
+    if top_k:
+        p[:, top_k:] = 0
+    if top_p < 1:
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+    total = p.cumsum(-1)
+    pick = (total <= u.to(p)[:, None] * total[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return order.gather(1, pick)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, seeds=None, eos=(), stop=None, slots=0, done=None):
+    """New ids of each prompt (lists of ids), the ending EOS left out.
+
+    `seeds`: one a prompt; the same prompt with the same seed gives the same sample whatever else is asked for (up to
+    floating point). `stop(index, new_ids)` is asked after each token and ends the row when true. `done(index, new_ids)` is
+    told of each finished row. `slots`: rows computed together; 0 takes what a cache of about 1 GiB (CPU) or half of the
+    free memory (CUDA) holds. A prompt must be shorter than the context; it ends there at the latest.
+    """
+    c, device = model.config, model.output_weight.device
+    if not prompts:
+        return []
+    for prompt in prompts:
+        if not 0 < len(prompt) < c.context:
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit the context of {c.context} tokens")
+    seeds = seeds or [0] * len(prompts)
+    eos = set(eos)
+    P = 0 if len(prompts) == 1 else len(os.path.commonprefix(prompts))
+    P = min(P, min(map(len, prompts)) - 1)
+    P = P if P >= 16 else 0                                                                 # a short one is not worth a second product
+    limit = [min(max_new, c.context - len(p)) for p in prompts]
+    capacity = max(len(p) - P + n for p, n in zip(prompts, limit))
+    if not slots:
+        row = 2 * c.n_layer * c.n_kv_head * c.head_dim * capacity * model.compute.itemsize
+        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+        slots = max(1, min(budget // row, 256 if device.type == "cuda" else 64))
+    slots = min(slots, len(prompts))
+    cache = Cache(model, slots, capacity)
+    matrix = model.output_weight.to(model.compute)
+
+    def choose(h, rows):
+        u = torch.tensor([uniform(seeds[r], len(new[r])) for r in rows], dtype=torch.float64) if temperature else None
+        return sample(F.linear(h, matrix).float(), temperature, top_k, top_p, None if u is None else u.to(device))
+
+    if P:
+        ids = torch.tensor([prompts[0][:P]], device=device)
+        model.hidden(ids, attend=cache.attend_prefill)
+        cache.prefix = [(k[0], v[0]) for k, v in cache.new]
+    queue = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]), reverse=True)     # popped from the end: short ones first, twins together
+    new = [[] for _ in prompts]
+    live, last, at = [], [], []                                                             # prompt, last token, position behind the prefix, per slot
+
+    def settle(index, token):
+        """Take a new token for prompt `index`; True when the row has ended."""
+        if token in eos:
+            ended = True
+        else:
+            new[index].append(token)
+            ended = len(new[index]) >= limit[index] or (stop is not None and stop(index, new[index]))
+        if ended and done:
+            done(index, new[index])
+        return ended
+
+    while queue or live:
+        free = slots - len(live)
+        if queue and (free >= max(1, slots // 4) or not live):
+            rows = [queue.pop() for _ in range(min(free, len(queue)))]
+            unique = {}
+            source = [unique.setdefault(tuple(prompts[r][P:]), len(unique)) for r in rows]
+            T = max(map(len, unique))
+            ids = torch.tensor([[*u, *[0] * (T - len(u))] for u in unique], device=device)
+            h = model.hidden(ids, torch.arange(P, P + T, device=device), cache.attend_prefill)
+            index, n = torch.tensor(source, device=device), len(live)
+            for i, (k, v) in enumerate(cache.new):
+                cache.k[i, n:n + len(rows), :, :T], cache.v[i, n:n + len(rows), :, :T] = k[index], v[index]
+            ends = torch.tensor([len(u) - 1 for u in unique], device=device)
+            tokens = choose(h[torch.arange(len(unique), device=device), ends][index], rows).tolist()
+            live += rows
+            at += [len(prompts[r]) - P - 1 for r in rows]
+            last += tokens
+            fresh = range(n, n + len(rows))
+        else:
+            position = torch.tensor(at, device=device)
+            length = min(capacity, -(-(max(at) + 1) // 64) * 64)
+            h = model.hidden(torch.tensor(last, device=device)[:, None], (position + P)[:, None], cache.attend_step(position, length))
+            last = choose(h[:, 0], live).tolist()
+            fresh = range(len(live))
+        for slot in reversed(fresh):
+            at[slot] += 1
+            if settle(live[slot], last[slot]):                                              # the last live row moves into the hole
+                end = len(live) - 1
+                if slot != end:
+                    filled = at[end]
+                    cache.k[:, slot, :, :filled], cache.v[:, slot, :, :filled] = cache.k[:, end, :, :filled], cache.v[:, end, :, :filled]
+                    live[slot], last[slot], at[slot] = live[end], last[end], at[end]
+                live.pop(), last.pop(), at.pop()
+    return new
+
+
+# --- devices, the program -------------------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    return {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def add_device_flags(parser):
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
+
+
+def add_sampling_flags(parser, temperature, max_new):
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--max-new", type=int, default=max_new, help="tokens at most")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def prompt_ids(messages, tokenizer, template):
+    """Ids behind which the answer is generated; `plain` is the bare text of the turns, for base models."""
+    if template == "plain":
+        return [tokenizer.bos, *tokenizer.encode("\n\n".join(m["content"] for m in messages))]
+    missing = [s for s in SPECIAL[template] if s not in tokenizer.added]
+    if missing:
+        raise UserError(f"{tokenizer.folder}: template {template!r} needs {', '.join(missing)} in the vocabulary; this checkpoint was not trained with it (--template plain)")
+    return render(messages, tokenizer, template, answer=True)[0]
+
+
+def template_of(folder, asked):
+    """The template asked for, else the one in the checkpoint's config, else plain."""
+    return asked or read_config(folder)[1].get("template", "plain")
+
+
+def reply(model, tokenizer, conversations, template, args, seeds):
+    """Answers to conversations: [(text, "stop" or "length")]; a bare text gets a line break before its continuation."""
+    from tqdm import tqdm
+    prompts = [prompt_ids(m, tokenizer, template) for m in conversations]
+    if template == "plain":
+        prompts = [[*p, *tokenizer.encode("\n")[-1:]] for p in prompts]
+    with tqdm(total=len(prompts), desc="generate", unit=" replies", disable=None) as bar:
+        out = generate(model, prompts, args.max_new, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seeds=seeds,
+                       eos=[tokenizer.eos], done=lambda i, ids: bar.update())
+    return [(continuation(tokenizer, p, ids), "length" if len(ids) == min(args.max_new, model.config.context - len(p)) else "stop") for p, ids in zip(prompts, out)]
+
+
+def info(name):
+    config = PRESETS[name] if name in PRESETS else read_config(name)[0]
+    rows = [[key, value] for key, value in vars(config).items()]
+    rows += [["parameters", f"{n_parameters(config):,}"], ["forward GFLOPs a token at full context", f"{flops_per_token(config, config.context) / 1e9:.2f}"],
+             ["training GFLOPs a token", f"{3 * flops_per_token(config, config.context) / 1e9:.2f}"]]
+    print_table([["field", name], *rows])
+    with torch.device("meta"):
+        print_table([["tensor", "shape"]] + [[n, " × ".join(map(str, p.shape))] for n, p in Transformer(config).named_parameters() if ".0." in n or "blocks" not in n])
+
+
+def main():
+    parser = Parser(description="Shapes of a model, and text from one.", example="python model.py info llama7b")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    p = commands.add_parser("info", help="shapes, parameters and FLOPs of a preset or checkpoint", example="python model.py info gpt2-xl")
+    p.add_argument("model", help=f"a checkpoint folder, or {', '.join(PRESETS)}")
+    p = commands.add_parser("generate", help="a checkpoint's answers to a file of prompts", example="python model.py generate --model runs/llama7b --prompts heldout.jsonl --out replies.jsonl")
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
+    p.add_argument("--out", required=True, metavar="FILE")
+    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+    add_sampling_flags(p, 0.7, 512)
+    add_device_flags(p)
+    args = parser.parse_args()
+    if args.command == "info":
+        return info(args.model)
+    prompts, device = read_prompts(args.prompts), pick_device(args.device)
+    template, tokenizer = template_of(args.model, args.template), load_tokenizer(args.model)
+    model = load(args.model, device, pick_dtype(args.dtype, device))
+    answers = reply(model, tokenizer, [p["messages"] for p in prompts], template, args, [int(digest(args.seed, p["id"]), 16) & (1 << 63) - 1 for p in prompts])
+    write_jsonl(args.out, ({"id": p["id"], "source": str(args.model), **({"category": p["category"]} if "category" in p else {}),
+                            "messages": [*p["messages"], {"role": "assistant", "content": text}], "finish": finish} for p, (text, finish) in zip(prompts, answers)))
+    print(f"{args.out}: {len(answers)} replies, {sum(f == 'length' for _, f in answers)} cut off at {args.max_new} tokens")
+
+
+if __name__ == "__main__":
+    run(main)
