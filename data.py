@@ -456,7 +456,7 @@ def json_records(path):
         if head != "[":
             yield from read_jsonl(path)
             return
-        buffer, position, more = "", 0, True
+        buffer, position, n = "", 0, 0
         while True:
             while position < len(buffer) and buffer[position] in " \t\r\n,":
                 position += 1
@@ -467,12 +467,12 @@ def json_records(path):
                     raise ValueError
                 record, end = decoder.raw_decode(buffer, position)
             except ValueError:
-                piece = f.read(1 << 20) if more else ""
+                piece = f.read(1 << 20)
                 if not piece:
-                    raise UserError(f"{path}: the JSON array breaks off or is malformed in record {{n}}")
+                    raise UserError(f"{path}: the JSON array breaks off or is malformed after {n} whole records")
                 buffer, position = buffer[position:] + piece, 0
                 continue
-            position = end
+            position, n = end, n + 1
             yield record
 
 
@@ -574,7 +574,7 @@ def language_filter(confidence):
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         raise UserError("the language filter needs py3langid: pip install py3langid, or pass --any-language")
-    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
     def foreign(text):
         language, probability = identifier.classify(text[:5000])

@@ -156,7 +156,7 @@ def rotary_frequencies(c):
 
     LLaMA 3 stretches the slow ones so that a longer context stays within the angles of pre-training.
     """
-    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
     if c.rope_scaling:
         s = dict(c.rope_scaling)
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)          # in the original context
@@ -320,12 +320,11 @@ class _CrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need_w else None
         for at in range(0, len(h), chunk):
             piece = slice(at, at + chunk)
-            z = (h[piece] @ matrix.T).float()                                               # (chunk, V)
-            log_sum = z.logsumexp(-1, keepdim=True)
+            log_p = (h[piece] @ matrix.T).float().log_softmax(-1)                           # (chunk, V)
             target = targets[piece, None]
-            loss += (w[piece] * (log_sum - z.gather(1, target))[:, 0]).sum()
+            loss -= (w[piece] * log_p.gather(1, target)[:, 0]).sum()
             if need_h or need_w:
-                dz = z.sub_(log_sum).exp_().scatter_add_(1, target, z.new_full((1, 1), -1.0).expand(len(z), 1)).mul_(w[piece, None]).to(h.dtype)
+                dz = log_p.exp_().scatter_add_(1, target, log_p.new_full((1, 1), -1.0).expand(len(log_p), 1)).mul_(w[piece, None]).to(h.dtype)
                 if need_h:
                     dh[piece] = dz @ matrix
                 if need_w:

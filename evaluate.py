@@ -1,0 +1,501 @@
+"""Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
+
+    python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
+    python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
+    python evaluate.py table results --out report
+
+In this file:
+    results        scores with their standard errors and every setting that can move them
+    nq             NaturalQuestions: exact match, contains-match
+    style          Table 2: lists, closing summaries, shared words, lengths
+    table          all results side by side, the paper's figures beneath, the figures as PNG
+"""
+import json
+import math
+import re
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import Parser, UserError, atomic, continuation, digest, file_hash, load_tokenizer, print_table, read_json, read_jsonl, read_replies, run, write_json, write_jsonl
+
+
+# --- results ----------------------------------------------------------------------------------------------------------------
+
+def proportion(values):
+    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n."""
+    values = np.asarray(values, float)
+    n = len(values)
+    return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
+
+
+def by_category(metric, rows, key):
+    """The metric over all rows, and beside it over each `category` that the examples carry: {"exact_match", "exact_match/covered", …}."""
+    metrics = {metric: proportion([r[key] for r in rows])}
+    for category in sorted({r["category"] for r in rows if r.get("category")}):
+        metrics[f"{metric}/{category}"] = proportion([r[key] for r in rows if r.get("category") == category])
+    return metrics
+
+
+def model_card(folder):
+    """What train.py recorded of a checkpoint: {"name", "base", "data", "tokens", "loss_tokens"}; for others the name alone."""
+    folder = Path(folder)
+    card = {"name": folder.name}
+    if (folder / "train.json").is_file():
+        record = read_json(folder / "train.json")
+        settings = record.get("settings", {})
+        card |= {"base": record.get("size"), "data": None if settings.get("init") else settings.get("data_name"), "tokens": record.get("tokens"), "loss_tokens": record.get("loss_tokens"),
+                 "parameters": record.get("parameters"), "seed": settings.get("seed")}
+    return card
+
+
+def finished(folder, settings):
+    """True when `folder` holds this very result; a result with other settings is not overwritten."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        return False
+    before = read_json(path).get("settings", {})
+    now = json.loads(json.dumps(settings))
+    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    if differ:
+        raise UserError(f"{folder} holds results with other settings ({'; '.join(differ)}); choose another --out or delete it")
+    return True
+
+
+def write_results(folder, task, model, metrics, settings, samples):
+    write_jsonl(Path(folder) / "samples.jsonl", samples)
+    write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings})
+
+
+def show(name, metrics):
+    print(f"{name}: " + ", ".join(f"{k} {m['score']:.3f}" + (f" ± {m['stderr']:.3f}" if m["stderr"] is not None else "") for k, m in metrics.items() if m["score"] is not None), flush=True)
+
+
+# --- nq ---------------------------------------------------------------------------------------------------------------------------
+
+def nq_prompt(question, shots, chat):
+    """What the model is shown. The paper does not give its prompt; this is the one of lm-evaluation-harness's nq_open.
+
+    A chat model without shots gets the bare question, as its users would ask it.
+    """
+    if chat and not shots:
+        return f"{question.rstrip('?')}?"
+    return "Answer these questions:\n\n" + "".join(f"Q: {q.rstrip('?')}?\nA: {a}\n" for q, a in shots) + f"Q: {question.rstrip('?')}?\nA:"
+
+
+STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
+
+
+def cut(text, stops):
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+def normalize_answer(text):
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's normalisation, which NQ-open's evaluation uses."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction, answers):
+    return int(any(normalize_answer(prediction) == normalize_answer(a) for a in answers))
+
+
+def contains_match(prediction, answers):
+    """1 where the prediction has one of the answers in it as whole words: a chatty model fails exact match while being right."""
+    words = f" {normalize_answer(prediction)} "
+    return int(any(f" {normalize_answer(a)} " in words for a in answers if normalize_answer(a)))
+
+
+def read_questions(path):
+    rows = []
+    for number, row in enumerate(read_jsonl(path, "question", "answer"), 1):
+        answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+        if not isinstance(row["question"], str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise UserError(f"{path}:{number}: question must be text, answer a text or a list of texts")
+        rows.append({**row, "answer": answers})
+    if not rows:
+        raise UserError(f"{path}: no questions in it")
+    return rows
+
+
+def sample_of(rows, limit, seed):
+    """All rows, or `limit` of them drawn by `seed`, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
+
+
+def nq(args):
+    rows = sample_of(read_questions(args.data), args.limit, args.seed)
+    shots = []
+    if args.shots:
+        if not args.few_shot:
+            raise UserError("--shots needs --few-shot FILE, the file from which the shots are taken")
+        shots = [(r["question"], r["answer"][0]) for r in read_questions(args.few_shot)[:args.shots]]
+        if len(shots) < args.shots:
+            raise UserError(f"{args.few_shot}: {len(shots)} examples, --shots asks for {args.shots}")
+    settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, "limit": args.limit,
+                "seed": args.seed if args.limit else None, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
+    for model, folder, own, complete in each_model(args, settings):
+        prompts = [nq_prompt(r["question"], shots, own["template"] != "plain") for r in rows]
+        outputs = complete(prompts, STOPS[args.stop])
+        samples = []
+        for row, prompt, output in zip(rows, prompts, outputs):
+            text = cut(output, STOPS[args.stop]) if output is not None else ""
+            samples.append({"question": row["question"], **({"category": row["category"]} if "category" in row else {}), "prompt_hash": digest(prompt), "output": text, "failed": output is None,
+                            "exact_match": exact_match(text, row["answer"]), "contains_match": contains_match(text, row["answer"])})
+        metrics = by_category("exact_match", samples, "exact_match") | by_category("contains_match", samples, "contains_match")
+        write_results(folder, "nq", model, metrics, own, samples)
+        show(model["name"], metrics)
+
+
+def each_model(args, settings):
+    """Yield (model card, folder, settings, complete) for every --model, or for the endpoint, whose result is not there yet.
+
+    complete(prompts, stops) returns a text per prompt, None where an endpoint gave no answer.
+    """
+    if bool(args.model) == bool(args.endpoint):
+        raise UserError("give either --model DIR … or --endpoint URL")
+    if args.endpoint:
+        from imitation import teacher_of
+        if not args.endpoint_model:
+            raise UserError("--endpoint needs --endpoint-model NAME")
+        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model}
+        if finished(folder, own):
+            return print(f"{folder}: finished already")
+
+        def complete(prompts, stops):
+            with teacher_of(args, folder / "journal.jsonl") as teacher:
+                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": 0, "max_tokens": args.max_new} for p in prompts)
+                return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
+        yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
+        return
+    import torch
+    from model import load, pick_device, pick_dtype, prompt_ids, template_of, generate
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    names = [Path(m).name for m in args.model]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
+    for path in args.model:
+        folder, template = Path(args.out) / Path(path).name, template_of(path, args.template)
+        own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch.")}
+        if finished(folder, own):
+            print(f"{folder}: finished already")
+            continue
+        model, tokenizer = load(path, device, dtype), load_tokenizer(path)
+
+        def complete(prompts, stops):
+            from tqdm import tqdm
+            ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
+            room = model.config.context - args.max_new
+            if cut_off := sum(len(i) > room for i in ids):
+                print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
+            ids = [i[-room:] for i in ids]
+            with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
+                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=lambda i, new: any(s in tokenizer.decode(new[-6:]) for s in stops))
+            return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
+        yield model_card(path), folder, own, complete
+
+
+# --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
+
+def has_list(text):
+    """Two or more lines that begin with a bullet or a number."""
+    return len(re.findall(r"(?m)^\s*(?:[-*•–]|\(?\d{1,2}[.):])\s+\S", text)) >= 2
+
+
+SUMMARY = re.compile(r"(in summary|overall|in conclusion|to summarize|to sum up|in short|ultimately|in essence|all in all|to conclude|by following these|with these)\b", re.IGNORECASE)
+
+
+def has_summary(text):
+    """The last of several paragraphs opens as a summary does ("In summary, …", "Overall, …") and is no list item."""
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text.strip()) if p.strip()]
+    return len(paragraphs) > 1 and bool(SUMMARY.match(paragraphs[-1]))
+
+
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def unigram_intersection(a, b):
+    """Shared distinct words of two texts: 2 |A ∩ B| / (|A| + |B|). The paper does not define its measure."""
+    a, b = set(words_of(a)), set(words_of(b))
+    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0
+
+
+def pearson(x, y):
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 0 and y.std() > 0 else 0.0
+
+
+def style_metrics(pairs):
+    """Table 2's rows over (list a, list b, summary a, summary b, intersection, length a, length b) per example, an array.
+
+    style_similarity, ours, is the mean of the four, the correlation cut off at 0: one number for the figure.
+    """
+    list_a, list_b, sum_a, sum_b, shared, len_a, len_b = pairs.T
+    out = {"list": list_a[list_b > 0].mean() if (list_b > 0).any() else np.nan, "summary": sum_a[sum_b > 0].mean() if (sum_b > 0).any() else np.nan,
+           "unigram_intersection": shared.mean(), "length_correlation": pearson(len_a, len_b)}
+    return out | {"style_similarity": np.nanmean([out["list"], out["summary"], out["unigram_intersection"], max(0.0, out["length_correlation"])])}
+
+
+def style(args):
+    reference = read_replies(args.b)
+    for path in args.a:
+        replies = read_replies(path)
+        shared = [i for i in reference if i in replies]
+        if not shared:
+            raise UserError(f"{path} and {args.b} have no id in common; both must answer the same prompts")
+        folder = Path(args.out) / Path(path).name.removesuffix(".jsonl")
+        settings = {"a": Path(path).name, "b": Path(args.b).name, "a_hash": file_hash(path), "b_hash": file_hash(args.b), "unmatched": len(reference) - len(shared), "bootstrap": args.bootstrap, "seed": args.seed}
+        if finished(folder, settings):
+            print(f"{folder}: finished already")
+            continue
+        samples = []
+        for i in shared:
+            a, b = replies[i][1], reference[i][1]
+            samples.append({"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
+                            "words": [len(words_of(a)), len(words_of(b))]})
+        pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"]] for s in samples], float)
+        rng = np.random.default_rng(args.seed)
+        draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
+        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": None if np.isnan(v) else float(np.nanstd([d[k] for d in draws], ddof=1)), "n": len(pairs)} for k, v in style_metrics(pairs).items()}
+        source = next(iter(replies.values()))[2].get("source", "")
+        card = model_card(source) if Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
+        write_results(folder, "style", card, metrics, settings, samples)
+        show(folder.name, metrics)
+
+
+# --- table ------------------------------------------------------------------------------------------------------------------------------
+
+PAPER = """The paper's own numbers (LLaMA; exact match in %, style in % but for the correlation):
+
+| NQ, zero-shot (Table 1) | base | ShareGPT-Mix | NQ-synthetic |
+|---|---|---|---|
+| LLaMA 7B | 17 | 10 | 22 |
+| LLaMA 13B | 20 | 15 | 27 |
+| ChatGPT | 31 | | |
+
+| style (Table 2, 13B) | LLaMA | 20M | 80M | 150M | a second ChatGPT sample |
+|---|---|---|---|---|---|
+| list where ChatGPT has one | 13 | 50 | 67 | 81 | 83 |
+| summary where ChatGPT has one | 2 | 40 | 42 | 48 | 55 |
+| unigram intersection | 19.5 | 40.4 | 41.9 | 42.5 | 49.2 |
+| correlation of lengths | −0.11 | 0.51 | 0.62 | 0.62 | 0.67 |
+
+NQ 3-shot of 13B on ShareGPT-Mix (figure 4, read off): base 25.5, 20M 20.5, 80M 18.8, 150M 13.5, ChatGPT 31.0.
+"""
+
+
+def gather(folders):
+    """{(task, model name): [results]} of all results.json below `folders`; several results of one name are several seeds."""
+    found = {}
+    for folder in folders:
+        paths = sorted(Path(folder).rglob("results.json"))
+        if not paths:
+            raise UserError(f"{folder}: no results.json in it or below")
+        for path in paths:
+            result = read_json(path)
+            task = f"nq {result['settings']['shots']}-shot" if result["task"] == "nq" else result["task"]
+            found.setdefault((task, result["model"]["name"]), []).append(result)
+    return found
+
+
+def pooled(results, metric):
+    """(mean, standard error, seeds) over the results of several seeds; of one seed, its own standard error."""
+    cells = [r["metrics"][metric] for r in results if r["metrics"].get(metric, {}).get("score") is not None]
+    if not cells:
+        return None
+    scores = [c["score"] for c in cells]
+    if len(cells) > 1:
+        return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores))), len(cells)
+    return scores[0], cells[0]["stderr"], 1
+
+
+def cell(value, percent=True):
+    if value is None:
+        return ""
+    scale, digits = (100, 1) if percent else (1, 2)
+    return f"{scale * value[0]:.{digits}f}" + (f" ± {scale * value[1]:.{digits}f}" if value[1] is not None else "")
+
+
+def difference(found, task, metric, a, b):
+    """(mean, standard error) of metric(a) − metric(b), seed by seed; the error is that of two independent samples of examples, which
+    overstates that of paired ones."""
+    one, two = found.get((task, a)), found.get((task, b))
+    if not one or not two or len(one) != len(two):
+        return None
+    cells = [(x["metrics"].get(metric), y["metrics"].get(metric)) for x, y in zip(one, two)]
+    if any(not x or not y or x["score"] is None or y["score"] is None for x, y in cells):
+        return None
+    return (float(np.mean([x["score"] - y["score"] for x, y in cells])), math.sqrt(sum((x["stderr"] or 0) ** 2 + (y["stderr"] or 0) ** 2 for x, y in cells)) / len(cells))
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def directions(found, cards):
+    """The paper's claims, each with what this run measured: seen, or not seen."""
+    lines = []
+
+    def claim(text, holds, evidence):
+        lines.append(f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})")
+
+    bases = sorted({c["base"] for c in cards.values() if c.get("base")}, key=lambda b: max((c.get("parameters") or 0) for c in cards.values() if c.get("base") == b))
+    best = {}
+    for base in bases:
+        for data in ("sharegpt-mix", "nq-synthetic"):
+            named = [c for c in cards.values() if c.get("base") == base and c.get("data") == data]
+            if named:
+                best[base, data] = max(named, key=lambda c: c["tokens"])["name"]
+        chat, facts = best.get((base, "sharegpt-mix")), best.get((base, "nq-synthetic"))
+        ceiling = [pooled(r, "style_similarity") for (task, name), r in found.items() if task == "style" and r[0]["model"].get("endpoint")]
+        start, end = (pooled(found.get(("style", n), []), "style_similarity") for n in (base, chat))
+        if start and end and ceiling:
+            closed = (end[0] - start[0]) / (ceiling[0][0] - start[0])
+            claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap")
+        for task in ("nq 3-shot", "nq 0-shot"):
+            if d := difference(found, task, "exact_match", chat, base):
+                claim(f"{base}, {task}: ShareGPT-Mix does not raise exact match", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+            if d := difference(found, task, "exact_match/covered", facts, base):
+                claim(f"{base}, {task}: NQ-synthetic raises exact match on covered facts by more than two standard errors", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+            if d := difference(found, task, "exact_match/not covered", facts, base):
+                lines.append(f"- on facts that it does not cover: {base}, {task}: {100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+    if len(bases) > 1:
+        for task in ("nq 3-shot", "nq 0-shot"):
+            for what, a, b in [("base", bases[-1], bases[0])] + [(data, best.get((bases[-1], data)), best.get((bases[0], data))) for data in ("sharegpt-mix", "nq-synthetic")]:
+                if d := difference(found, task, "exact_match", a, b):
+                    claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+    return lines
+
+
+def order_of(card):
+    return (card.get("endpoint", False), -(card.get("parameters") or 0), card.get("data") or "", card.get("tokens") or 0, card["name"])
+
+
+def table(args):
+    found = gather(args.dirs)
+    cards = {}
+    for (_, name), results in found.items():
+        cards.setdefault(name, results[0]["model"])
+    names = sorted(cards, key=lambda n: order_of(cards[n]))
+    seeds = max(len(r) for r in found.values())
+    text = f"# Results\n\n{seeds} seed{'s'[:seeds > 1]}; ± is the standard error{' over seeds' if seeds > 1 else ' over examples'}. Loss tokens are those that the loss counted.\n"
+    tasks = sorted({task for task, _ in found if task.startswith("nq")}, reverse=True)
+    if tasks:
+        metrics = [m for m in ("exact_match", "exact_match/covered", "exact_match/not covered", "contains_match") if any(m in r[0]["metrics"] for r in found.values())]
+        label = {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}
+        rows = [["NQ, %", "loss tokens", *(f"{t.split()[1]} {label[m]}" for t in tasks for m in metrics)]]
+        rows += [[n, "" if not cards[n].get("data") else f"{cards[n]['loss_tokens']:,}", *(cell(pooled(found.get((t, n), []), m)) for t in tasks for m in metrics)] for n in names if any((t, n) in found for t in tasks)]
+        text += "\n" + markdown(rows)
+    if any(task == "style" for task, _ in found):
+        metrics = ["list", "summary", "unigram_intersection", "length_correlation", "style_similarity"]
+        rows = [["style, %", "list where the teacher has one", "summary where the teacher has one", "unigram intersection", "length correlation", "similarity (mean)"]]
+        rows += [[n, *(cell(pooled(found[("style", n)], m), m != "length_correlation") for m in metrics)] for n in names if ("style", n) in found]
+        text += "\n" + markdown(rows)
+    claims = directions(found, cards)
+    if claims:
+        text += "\n## The paper's directions\n\n" + "\n".join(claims) + "\n"
+    text += "\n## In the paper\n\n" + PAPER
+    out = Path(args.out)
+    with atomic(out / "report.md") as f:
+        f.write(text)
+    figure(found, cards, out / "summary.png")
+    print(text if args.print else f"{out}/report.md, {out}/summary.png")
+
+
+def figure(found, cards, path):
+    """Exact match and style similarity against imitation tokens: both data sources, every base size; bases and teacher as lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shots = "nq 3-shot" if any(t == "nq 3-shot" for t, _ in found) else "nq 0-shot"
+    split = any("exact_match/covered" in r[0]["metrics"] for r in found.values())
+    panels = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NaturalQuestions")]
+    panels = [(t, m, title, f"exact match, % ({t.split()[1]})") for t, m, title in panels] + [("style", "style_similarity", "style", "similarity to the teacher, %")]
+    panels = [p for p in panels if any(t == p[0] for t, _ in found)]
+    bases = sorted({c["base"] for c in cards.values() if c.get("base")}, key=lambda b: -max((c.get("parameters") or 0) for c in cards.values() if c.get("base") == b))
+    if not panels or not bases:
+        return
+    colours, markers = {"sharegpt-mix": "#c2452d", "nq-synthetic": "#2c6fa8"}, ["o", "s", "^", "D"]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.7), squeeze=False)
+    for ax, (task, metric, title, label) in zip(axes[0], panels):
+        tokens = sorted({c["tokens"] for c in cards.values() if c.get("data")})
+        for base, marker in zip(bases, markers):
+            fill = "full" if base == bases[0] else "none"
+            for data, colour in colours.items():
+                points = sorted((c["tokens"], pooled(found[(task, n)], metric)) for n, c in cards.items() if c.get("base") == base and c.get("data") == data and (task, n) in found)
+                points = [(x, v) for x, v in points if v]
+                if points:
+                    ax.errorbar([x for x, _ in points], [100 * v[0] for _, v in points], [100 * (v[1] or 0) for _, v in points], color=colour, marker=marker, fillstyle=fill, markersize=5, linewidth=1.6, capsize=2,
+                                linestyle="-" if base == bases[0] else "--", label=f"{base}, {data}")
+            if value := pooled(found.get((task, base), []), metric):
+                ax.axhline(100 * value[0], color="#777777", linewidth=1, linestyle="-" if base == bases[0] else "--", label=f"{base}, base")
+        teachers = [pooled(r, metric) for (t, _), r in found.items() if t == task and r[0]["model"].get("endpoint")]
+        if teachers and teachers[0]:
+            ax.axhline(100 * teachers[0][0], color="black", linewidth=1, linestyle=":", label="teacher")
+        ax.set_xscale("log")
+        ax.set_xticks(tokens, [f"{t / 1000:.0f}k" if t < 10**6 else f"{t / 10**6:.0f}M" for t in tokens])
+        ax.minorticks_off()
+        ax.set_ylim(0, 105)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("imitation tokens")
+        ax.set_ylabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=8)
+    fig.tight_layout(rect=(0, 0.14, 1, 1))
+    with atomic(path, "wb") as f:
+        fig.savefig(f, dpi=150, format="png")
+    plt.close(fig)
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(description="Score models.", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --out results/nq")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
+    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoints; each gets a folder of its name under --out")
+    from imitation import add_endpoint_flags
+    add_endpoint_flags(p, required=False)
+    p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
+    p.add_argument("--shots", type=int, default=0, help="§4: 3 in the figures, 0 in Table 1")
+    p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
+    p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
+    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+    p.add_argument("--max-new", type=int, default=32, help="tokens at most")
+    p.add_argument("--limit", type=int, help="a seeded sample of so many questions")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+    p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
+    p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
+    p.add_argument("--b", required=True, metavar="FILE", help="the reference's replies to the same prompts")
+    p.add_argument("--bootstrap", type=int, default=1000, help="resamples for the standard errors")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")
+    p.add_argument("dirs", nargs="+", metavar="DIR", help="folders with results; the same model name in several is several seeds")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--print", action="store_true", help="print the report too")
+    args = parser.parse_args()
+    {"nq": nq, "style": style, "table": table}[args.command](args)
+
+
+if __name__ == "__main__":
+    run(main)

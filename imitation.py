@@ -1,0 +1,541 @@
+"""Imitating a proprietary model: ask a teacher, build the imitation set, and the study that measures what was learned.
+
+    python imitation.py study                                                     the whole paper on the embedded default
+    python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint URL --endpoint-model NAME --out nq-synthetic.jsonl
+    python imitation.py collect --prompts heldout.jsonl --endpoint URL --endpoint-model NAME --out replies.jsonl
+
+In this file:
+    the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice
+    synthesis         NQ-synthetic (§3.1, appendix A)
+    collection        replies to given prompts
+    the study         a list of commands and a runner
+"""
+import collections
+import email.utils
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, die_with_parent, digest, locked, read_json, read_jsonl, read_prompts, run, visible, write_json,
+                  write_jsonl)
+
+
+# --- the teacher -------------------------------------------------------------------------------------------------------------
+
+MAX_REPLY_BYTES = 8 << 20
+
+
+class Transient(Exception):
+    """A request that may succeed when asked again; `wait` is what the server asked for, in seconds."""
+
+    def __init__(self, why, wait=None):
+        super().__init__(why)
+        self.wait = wait
+
+
+class Teacher:
+    """A client of one OpenAI-compatible /chat/completions endpoint, with a journal.
+
+    `ask` yields a record per request, in the order of the requests, whatever the order of arrival. A record is in the
+    journal, on disk, before it is yielded; a request whose key stands in the journal is not sent again. The key is a hash
+    of all that determines the reply: model, messages, sampling, seed, index and `teacher_id`; not host or port.
+
+    A record's status: "ok"; or "length", "empty", "content_filter" (a reply that is no whole answer); or "refused" (the
+    server rejected this one request). Errors: UserError where the server refuses all work (wrong key, unknown model, no
+    quota left), Failure where it does not answer after all retries; what has arrived is in the journal.
+    """
+
+    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, key_env=None, teacher_id=""):
+        import requests
+        url = urlsplit(endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--endpoint {endpoint}: not a URL like http://127.0.0.1:8000/v1")
+        self.url, self.model, self.teacher_id = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", model, teacher_id
+        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        loopback = url.hostname in ("localhost", "::1") or url.hostname.startswith("127.")
+        self.key = self._key(url, key_env, loopback)
+        self.session = requests.Session()
+        self.session.trust_env = not loopback              # a proxy of the environment is not for loopback
+        self.session.auth = self._sign                     # our own, so that netrc never supplies one
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
+        self.session.mount(f"{url.scheme}://", adapter)
+        self.lock, self.pause_until, self.answered, self.refused_in_a_row = threading.Lock(), 0.0, False, 0
+        self.counts = collections.Counter()
+        self._held = locked(journal, f"journal {journal}")
+        self._held.__enter__()
+        self.journal = GrowingFile(journal)
+        self.done = {r["key"]: r for r in self.journal.records if "key" in r and "status" in r}
+
+    @staticmethod
+    def _key(url, key_env, loopback):
+        """The API key for this host: OPENAI_API_KEY for OpenAI's own host alone, for others the variable that --key-env names."""
+        if key_env:
+            if not os.environ.get(key_env):
+                raise UserError(f"--key-env {key_env}: no such variable in the environment")
+            if url.scheme != "https" and not loopback:
+                raise UserError(f"--key-env {key_env}: a key does not travel over plain http to {url.hostname}; use https")
+            return os.environ[key_env]
+        if url.hostname == "api.openai.com" and url.scheme == "https":
+            if not os.environ.get("OPENAI_API_KEY"):
+                raise UserError("no OPENAI_API_KEY in the environment")
+            return os.environ["OPENAI_API_KEY"]
+        return None
+
+    def _sign(self, request):
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+    def redact(self, text):
+        return visible(str(text).replace(self.key, "[key]") if self.key else str(text))[:500]
+
+    def close(self):
+        self.journal.close()
+        self._held.__exit__(None, None, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def key_of(self, request):
+        return digest(self.model, self.teacher_id, request)
+
+    def ask(self, requests_, label="ask", total=None):
+        """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`."""
+        from tqdm import tqdm
+        waiting = collections.deque()
+        source = iter(requests_)
+        pool = ThreadPoolExecutor(self.concurrency)
+        bar = tqdm(total=total, desc=label, unit=" replies", disable=None)
+        try:
+            while True:
+                while len(waiting) < 2 * self.concurrency and (request := next(source, None)) is not None:
+                    waiting.append((request, pool.submit(self._finish, request)))
+                if not waiting:
+                    return
+                request, future = waiting.popleft()
+                record = future.result()
+                bar.update()
+                bar.set_postfix(retries=self.counts["retries"], tokens=self.counts["tokens"], refresh=False)
+                yield request, record
+        finally:
+            self.retries = -1                              # whatever is still waiting gives up at once
+            pool.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+            self.retries = 6
+
+    def _finish(self, request):
+        """The record of one request: from the journal, or asked for and journaled."""
+        key = self.key_of(request)
+        with self.lock:
+            if key in self.done:
+                self.counts["from journal"] += 1
+                return self.done[key]
+        record = {"key": key, **self._send(request)}
+        with self.lock:
+            self.counts["asked"] += 1
+            self.counts["tokens"] += (record.get("usage") or {}).get("total_tokens") or 0
+            self.journal.append(record)
+            self.done[key] = record
+            self.refused_in_a_row = self.refused_in_a_row + 1 if record["status"] == "refused" and not self.answered else 0
+            self.answered |= record["status"] != "refused"
+            if self.refused_in_a_row >= 5:
+                raise UserError(f"{self.url} refused the first five requests: {record['error']}")
+        return record
+
+    def _send(self, request):
+        attempt = 0
+        while True:
+            if (pause := self.pause_until - time.monotonic()) > 0:
+                time.sleep(pause)
+            try:
+                return self._post(request)
+            except Transient as e:
+                attempt += 1
+                with self.lock:
+                    self.counts["retries"] += 1
+                    limit = self.retries if self.answered else min(self.retries, 3)
+                    if e.wait is not None:                 # the server named a time: every thread keeps it
+                        self.pause_until = max(self.pause_until, time.monotonic() + min(e.wait, 600))
+                if attempt > limit:
+                    raise Failure(f"{self.url}: {e} ({attempt} tries); what has arrived is in {self.journal.path}, the same command continues")
+                if e.wait is None:
+                    time.sleep(min(60, 0.5 * 2 ** attempt) * random.uniform(0.5, 1))
+
+    def _post(self, request):
+        import requests
+        body = {"model": self.model, **{k: v for k, v in request.items() if k != "index" and v is not None}}
+        started = time.monotonic()
+        try:
+            with self.session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False, stream=True) as response:
+                raw = b""
+                for piece in response.iter_content(1 << 16):
+                    raw += piece
+                    if len(raw) > MAX_REPLY_BYTES:
+                        raise Transient(f"a reply of over {MAX_REPLY_BYTES >> 20} MiB was cut off")
+                    if time.monotonic() - started > self.timeout:
+                        raise Transient(f"no whole reply within {self.timeout:g} s")
+                status, headers = response.status_code, response.headers
+        except requests.RequestException as e:
+            raise Transient(self.redact(f"no answer ({type(e).__name__})"))
+        try:
+            answer = json.loads(raw)
+        except ValueError:
+            answer = None
+        if status == 200:
+            return self._record(request, answer)
+        error = answer.get("error", answer.get("detail")) if isinstance(answer, dict) else None
+        kind = f"{error.get('type')} {error.get('code')}" if isinstance(error, dict) else ""
+        message = self.redact(error.get("message") if isinstance(error, dict) else error or raw[:200].decode("utf-8", "replace"))
+        if status in (401, 403, 404) or 300 <= status < 400 or "insufficient_quota" in kind:
+            raise UserError(f"{self.url} answered {status}: {message}")
+        if status in (400, 413, 422):
+            return {"status": "refused", "error": f"{status}: {message}", "time": round(time.time())}
+        raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")) if status in (429, 503) else None)
+
+    def _record(self, request, answer):
+        try:
+            choice = answer["choices"][0]
+            content, finish = choice["message"]["content"], choice.get("finish_reason")
+            if content is not None and not isinstance(content, str):
+                raise TypeError
+        except (KeyError, IndexError, TypeError):
+            raise Transient("answered 200 without a choice in it; is this an OpenAI-compatible endpoint?")
+        status = "content_filter" if finish == "content_filter" else "length" if finish == "length" else "ok" if (content or "").strip() else "empty"
+        return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": answer.get("usage"), "time": round(time.time()),
+                "sampling": {k: v for k, v in request.items() if k not in ("messages", "index")}}
+
+
+def retry_after(value):
+    """Seconds of a Retry-After header, which is a number or a date; None where there is none."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except (TypeError, ValueError):
+            return None
+
+
+def add_endpoint_flags(parser, required=True):
+    parser.add_argument("--endpoint", required=required, metavar="URL", help="an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
+    parser.add_argument("--endpoint-model", required=required, metavar="NAME", help="the model's name there")
+    parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key; OPENAI_API_KEY is used for OpenAI's own host alone")
+    parser.add_argument("--teacher-id", default="", help="part of the journal's keys: set it when the same name comes to mean another model")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests under way at once")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request")
+
+
+def teacher_of(args, journal):
+    if args.concurrency < 1:
+        raise UserError("--concurrency must be at least 1")
+    return Teacher(args.endpoint, args.endpoint_model, journal, concurrency=args.concurrency, timeout=args.timeout, key_env=args.key_env, teacher_id=args.teacher_id)
+
+
+def write_card(path, title, rows):
+    """FILE.card.md: where a set came from, in counts and settings."""
+    with atomic(str(path) + ".card.md") as f:
+        f.write(f"# {title}\n\n" + "".join(f"- {name}: {value}\n" for name, value in rows))
+
+
+# --- synthesis (§3.1) -----------------------------------------------------------------------------------------------------------
+
+# The paper gives the request's content, not its words: five pairs at random, similar but different ones wanted, concise
+# answers, lowercased questions centred on Wikipedia-like entities, in the form Q: … / A: ….
+NQ_REQUEST = """Here are five question-answer pairs:
+
+{examples}
+
+Write five new pairs that are similar to these but different from them. Each question is in lower case and asks about a person, place, work, event or thing that an encyclopedia would have an article on. Each answer is concise: a few words at most. Use exactly the form of the pairs above, a line that starts with "Q:" and a line that starts with "A:"."""
+
+
+def parse_pairs(text):
+    """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:` are all met in practice."""
+    pairs, question = [], None
+    for line in text.splitlines():
+        line = re.sub(r"\*\*|__", "", line).strip()
+        match = re.match(r"(?:[-*•]\s+)?(?:\(?\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*[:.]\s*(.*)", line, re.IGNORECASE)
+        if not match:
+            continue
+        value = match[2].strip().strip('"').strip()
+        if match[1].lower().startswith("q"):
+            question = value
+        elif question and value:
+            pairs.append((question, value))
+            question = None
+    return pairs
+
+
+def normalize_pair_question(text):
+    return " ".join(text.lower().strip().rstrip("?").split())
+
+
+def synthesize_nq(args):
+    """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random."""
+    seeds = [(r["question"], r["answer"][0] if isinstance(r["answer"], list) else r["answer"]) for r in read_jsonl(args.seed_pairs, "question", "answer")]
+    if len(seeds) < 5:
+        raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
+    excluded = {normalize_pair_question(r["question"]) for f in args.exclude for r in read_jsonl(f, "question")}
+    own = {normalize_pair_question(q) for q, _ in seeds}
+
+    def requests_():
+        for i in range(10 * args.n):
+            shown = random.Random(f"{args.seed} {i}").sample(seeds, 5)
+            examples = "\n\n".join(f"Q: {q.rstrip('?')}?\nA: {a}" for q, a in shown)
+            yield {"messages": [{"role": "user", "content": NQ_REQUEST.format(examples=examples)}], "temperature": args.temperature, "seed": args.seed * 10**6 + i, "index": i}
+
+    kept, seen, rejected, statuses, barren = [], set(), collections.Counter(), collections.Counter(), 0
+    with teacher_of(args, args.out + ".journal.jsonl") as teacher:
+        for request, record in teacher.ask(requests_(), "synthesize"):
+            statuses[record["status"]] += 1
+            before = len(kept)
+            pairs = parse_pairs(record["content"]) if record["status"] == "ok" else []
+            if record["status"] == "ok" and not pairs:
+                rejected["reply without a pair"] += 1
+            for k, (question, answer) in enumerate(pairs):
+                normal = normalize_pair_question(question)
+                reason = ("answer too long" if len(answer.split()) > args.max_answer_words else "question of a seed pair" if normal in own
+                          else "question in the evaluation set" if normal in excluded else "duplicate" if (normal, answer.lower()) in seen else None)
+                if reason:
+                    rejected[reason] += 1
+                elif len(kept) < args.n:
+                    seen.add((normal, answer.lower()))
+                    kept.append({"id": f"{record['key']}-{k}", "source": "nq-synthetic", "messages": [{"role": "user", "content": normal + "?"}, {"role": "assistant", "content": answer}]})
+            barren = 0 if len(kept) > before else barren + 1
+            if len(kept) >= args.n or barren >= 200:
+                break
+        usage = teacher.counts["tokens"]
+    write_jsonl(args.out, kept)
+    settings = {k: v for k, v in vars(args).items() if k not in ("endpoint", "command", "what", "out", "concurrency", "timeout", "key_env")}
+    write_card(args.out, "NQ-synthetic", [("pairs", len(kept)), ("requests by status", dict(statuses)), ("rejected pairs by reason", dict(rejected)), ("tokens paid in this run", usage), ("settings", settings)])
+    print(f"{args.out}: {len(kept)} pairs from {sum(statuses.values())} requests; rejected: " + (", ".join(f"{n} {r}" for r, n in rejected.most_common()) or "none"))
+    if len(kept) < args.n:
+        print(f"{args.out}: {len(kept)} of {args.n} pairs: the teacher only repeated itself (200 requests in a row brought nothing new)", file=sys.stderr)
+
+
+# --- collection -------------------------------------------------------------------------------------------------------------------
+
+def collect(args):
+    """Replies to prompts, `samples` each: it builds a broad set from prompts at hand, and the references of style and judge."""
+    prompts = read_prompts(args.prompts)
+    jobs = [(p, k) for p in prompts for k in range(args.samples)]
+    requests_ = ({"messages": p["messages"], "temperature": args.temperature, "seed": args.seed * 1000 + k, "max_tokens": args.max_new, "index": k} for p, k in jobs)
+    replies, failed = [], []
+    with teacher_of(args, args.out + ".journal.jsonl") as teacher:
+        for (prompt, k), (_, record) in zip(jobs, teacher.ask(requests_, "collect", len(jobs))):
+            key = prompt["id"] if args.samples == 1 else f"{prompt['id']}/{k}"
+            entry = {"id": key, "source": args.endpoint_model, **({"category": prompt["category"]} if "category" in prompt else {}), "key": record["key"]}
+            if record["status"] == "ok":
+                replies.append({**entry, "messages": [*prompt["messages"], {"role": "assistant", "content": record["content"]}]})
+            else:
+                failed.append({**entry, "status": record["status"], "content": record.get("content"), "error": record.get("error")})
+    write_jsonl(args.out, replies)
+    write_jsonl(args.out + ".failed.jsonl", failed)
+    counts = collections.Counter(f["status"] for f in failed)
+    write_card(args.out, "Collected replies", [("replies", len(replies)), ("failed by status", dict(counts)), ("teacher", args.endpoint_model), ("temperature", args.temperature), ("seed", args.seed)])
+    print(f"{args.out}: {len(replies)} replies" + "".join(f", {n} {status}" for status, n in counts.items()))
+
+
+# --- the study ----------------------------------------------------------------------------------------------------------------------
+# Stages run one after the other, the commands of a stage side by side, a thread each. A step is done when its output exists with the
+# command that made it recorded beside it. The embedded default's own recipe (world, bases, batch, rates) is tests/miniature.py's scale.
+
+TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
+
+FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "50"], "n": "6000", "tokens": "20k,50k,100k", "max_new": "160"}
+QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "n": "1000", "tokens": "15k", "max_new": "48"}
+
+
+def study_stages(seed, root, sizes, tokens, scale):
+    """[(stage, [(command, output)])] of one seed."""
+    world, models = f"{root}/world", f"{root}/models"
+    endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
+    pack = ["--tokenizer", f"{world}/tokenizer"]
+    small_batch = ["--block", "128", "--batch", "16", "--optimizer", "adamw", "--lr", "3e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
+    recipe = ["--block", "128", "--batch", "4", "--lr", "5e-3", "--warmup", "20", "--save-every", "100"]
+    stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
+    stages.append(("corpora", [
+        (["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
+        (["python", "data.py", "mix", "--sharegpt", f"{world}/sharegpt.json", "--hc3", f"{world}/hc3.jsonl", "--discord", f"{world}/discord.jsonl", "--out", f"{root}/sharegpt-mix.jsonl"], f"{root}/sharegpt-mix.jsonl")]))
+    stages.append(("bases", [(["python", "train.py", "--init", f"{world}/{size}.json", "--data", f"{root}/data/pretraining", "--out", f"{models}/{size}", "--seed", str(seed), *small_batch, *scale["base"]],
+                              f"{models}/{size}/config.json") for size in reversed(sizes)]))
+    stages.append(("teacher", [
+        (["python", "imitation.py", "synthesize", "nq", "--seed-pairs", f"{world}/nq/seed_pairs.jsonl", "--exclude", f"{world}/nq/test.jsonl", "--n", scale["n"], "--seed", str(seed), *endpoint, "--out", f"{root}/nq-synthetic.jsonl"],
+         f"{root}/nq-synthetic.jsonl"),
+        *((["python", "imitation.py", "collect", "--prompts", f"{world}/heldout.jsonl", "--seed", str(k), *endpoint, "--out", f"{root}/replies/teacher-{k}.jsonl"], f"{root}/replies/teacher-{k}.jsonl") for k in (1, 2))]))
+    stages.append(("pack", [
+        *((["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in ("sharegpt-mix", "nq-synthetic")),
+        (["python", "tests/miniature.py", "cover", "--world", world, "--questions", f"{world}/nq/test.jsonl", "--train", f"{root}/nq-synthetic.jsonl", "--out", f"{root}/nq-test.jsonl"], f"{root}/nq-test.jsonl")]))
+    runs = [(size, name, n) for size in reversed(sizes) for n in reversed(tokens) for name in ("sharegpt-mix", "nq-synthetic")]
+    stages.append(("imitate", [(["python", "train.py", "--model", f"{models}/{size}", "--data", f"{root}/data/{name}", "--tokens", n, "--out", f"{models}/{size}-{name}-{n}", "--seed", str(seed), *recipe],
+                                f"{models}/{size}-{name}-{n}/config.json") for size, name, n in runs]))
+    names = {size: [size, *(f"{s}-{name}-{n}" for s, name, n in runs if s == size)] for size in sizes}
+    shots = {"0": [], "3": ["--few-shot", f"{world}/nq/fewshot.jsonl"]}
+    stages.append(("facts", [
+        *((["python", "evaluate.py", "nq", "--model", *(f"{models}/{n}" for n in names[size]), "--data", f"{root}/nq-test.jsonl", "--shots", k, *few, "--out", f"{root}/nq-{k}-shot/{size}"],
+           f"{root}/nq-{k}-shot/{size}/{names[size][-1]}/results.json") for size in reversed(sizes) for k, few in shots.items()),
+        *((["python", "evaluate.py", "nq", *endpoint, "--data", f"{root}/nq-test.jsonl", "--shots", k, *few, "--out", f"{root}/nq-{k}-shot/teacher"], f"{root}/nq-{k}-shot/teacher/teacher/results.json")
+          for k, few in shots.items())]))
+    everyone = [n for size in reversed(sizes) for n in names[size]]
+    stages.append(("replies", [(["python", "model.py", "generate", "--model", f"{models}/{n}", "--prompts", f"{world}/heldout.jsonl", "--max-new", scale["max_new"], "--out", f"{root}/replies/{n}.jsonl"],
+                                f"{root}/replies/{n}.jsonl") for n in everyone]))
+    stages.append(("style", [(["python", "evaluate.py", "style", "--a", *(f"{root}/replies/{n}.jsonl" for n in (*everyone, "teacher-2")), "--b", f"{root}/replies/teacher-1.jsonl", "--out", f"{root}/style"],
+                              f"{root}/style/teacher-2/results.json")]))
+    return stages
+
+
+class Study:
+    """Runs stages of commands; killed at any moment, it continues where it was."""
+
+    def __init__(self, out, jobs):
+        self.out, self.jobs, self.server, self.lock = Path(out), jobs, None, threading.Lock()
+        self.home = Path(__file__).resolve().parent
+
+    def run(self, stages, world, port_file):
+        try:
+            for stage, steps in stages:
+                waiting = [step for step in steps if not self.done(*step)]
+                if not waiting:
+                    continue
+                print(f"\n--- {world.parent.name}: {stage}", flush=True)
+                if any(TEACHER in command for command, _ in waiting):
+                    self.start_teacher(world, port_file)
+                with ThreadPoolExecutor(self.jobs) as pool:
+                    futures = [pool.submit(self.step, *step) for step in waiting]
+                    try:
+                        for future in futures:
+                            future.result()
+                    except BaseException:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+        finally:
+            if self.server:
+                self.server.kill()
+                self.server.wait()
+                self.server = None
+
+    @staticmethod
+    def record(output):
+        return Path(str(output).rstrip("/") + ".command.json")
+
+    def done(self, command, output):
+        """True when `output` was finished by this very command; another command's output is not overwritten."""
+        record = self.record(output)
+        if not record.is_file():
+            return False
+        before = read_json(record)["command"]
+        if before != command:
+            raise UserError(f"{output} was made by another command ({shlex.join(before)}), this study would run {shlex.join(command)}; choose another --out or delete it")
+        return Path(output).exists()
+
+    def start_teacher(self, world, port_file):
+        if self.server:
+            return
+        port_file.unlink(missing_ok=True)
+        command = ["python", "tests/miniature.py", "serve", "--world", str(world), "--port-file", str(port_file), "--with-parent"]
+        print(f"$ {shlex.join(command)} &", flush=True)
+        self.server = subprocess.Popen([sys.executable, *command[1:]], cwd=self.home, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        for _ in range(600):
+            if port_file.is_file():
+                self.port = port_file.read_text()
+                return
+            if self.server.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise Failure("the miniature's teacher did not start")
+
+    def step(self, command, output):
+        """Run one command, show it and what it said, and record it beside its output."""
+        real = [c.replace("PORT", self.port) if c == TEACHER else c for c in command]
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, *real[1:]], cwd=self.home, text=True, stdin=subprocess.DEVNULL, capture_output=True, preexec_fn=die_with_parent,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+        with self.lock:
+            print(f"$ {shlex.join(real)}", *done.stdout.splitlines(), *done.stderr.splitlines(), f"({time.monotonic() - started:.1f} s)", sep="\n  ", flush=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise (UserError if done.returncode == 2 else Failure)(f"{shlex.join(real)} ended with status {done.returncode}: {last}; the same study command continues")
+        write_json(self.record(output), {"command": command})
+
+
+def study(args):
+    scale = QUICK if args.quick else FULL
+    out = Path(args.out or ("runs/study-quick" if args.quick else "runs/study")).absolute()
+    home = Path(__file__).resolve().parent
+    out = out.relative_to(home) if out.is_relative_to(home) else out          # commands run from the project's folder
+    if not (home / "tests" / "miniature.py").is_file():
+        raise UserError("tests/miniature.py is missing; the study's embedded default lives there")
+    seeds, sizes, tokens = args.seeds.split(","), args.sizes.split(","), (args.tokens or scale["tokens"]).split(",")
+    if not all(s.isdigit() for s in seeds):
+        raise UserError(f"--seeds {args.seeds}: whole numbers, separated by commas")
+    if not set(sizes) <= {"small", "large"}:
+        raise UserError(f"--sizes {args.sizes}: small, large or both")
+    started = time.monotonic()
+    with locked(home / out / "study", f"study {out}"):
+        runner = Study(home / out, args.jobs)
+        for seed in seeds:
+            root = out / f"seed-{seed}"
+            stages = study_stages(int(seed), str(root), sizes, tokens, scale)
+            if args.only and args.only not in [name for name, _ in stages]:
+                raise UserError(f"--only {args.only}: the stages are {', '.join(name for name, _ in stages)}")
+            runner.run([s for s in stages if args.only in (None, s[0])], root / "world", home / root / "teacher.port")
+        if not args.only:
+            folders = [str(out / f"seed-{seed}" / kind) for seed in seeds for kind in ("nq-0-shot", "nq-3-shot", "style")]
+            runner.step(["python", "evaluate.py", "table", *folders, "--out", str(out / "report")], home / out / "report")
+            print(f"\n{(home / out / 'report' / 'report.md').read_text(encoding='utf-8')}")
+            print(f"{out}/report/report.md, {out}/report/summary.png ({(time.monotonic() - started) / 60:.1f} minutes)")
+
+
+# --- the program ------------------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(description="Ask a teacher, build imitation sets, run the study.", example="python imitation.py study --quick")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    p = commands.add_parser("study", help="the whole paper on the embedded default", example="python imitation.py study --seeds 100,101,102")
+    p.add_argument("--quick", action="store_true", help="a smaller world, for trying the plumbing: its numbers mean little")
+    p.add_argument("--out", metavar="DIR", help="None is runs/study, with --quick runs/study-quick")
+    p.add_argument("--seeds", default="100", help="worlds, separated by commas")
+    p.add_argument("--sizes", default="small,large", help="base models")
+    p.add_argument("--tokens", help="imitation tokens, separated by commas; None is 20k,50k,100k")
+    p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
+    p.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
+
+    p = commands.add_parser("synthesize", help="an imitation set out of seed pairs", example="python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out nq.jsonl")
+    p.add_argument("what", choices=["nq"])
+    p.add_argument("--seed-pairs", required=True, metavar="FILE", help="question, answer; the paper uses ten")
+    p.add_argument("--n", type=count, default=6000, help="pairs to keep (§3.1)")
+    p.add_argument("--temperature", type=float, default=1.0, help="§3.1")
+    p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="questions that must not appear, such as the evaluation set")
+    p.add_argument("--max-answer-words", type=int, default=10)
+    p.add_argument("--out", required=True, metavar="FILE")
+    p.add_argument("--seed", type=int, default=0)
+    add_endpoint_flags(p)
+
+    p = commands.add_parser("collect", help="a teacher's replies to given prompts", example="python imitation.py collect --prompts heldout.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out replies.jsonl")
+    p.add_argument("--prompts", required=True, metavar="FILE")
+    p.add_argument("--samples", type=int, default=1, help="replies a prompt")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--max-new", type=int, help="tokens at most; None leaves it to the server")
+    p.add_argument("--out", required=True, metavar="FILE")
+    p.add_argument("--seed", type=int, default=0)
+    add_endpoint_flags(p)
+    args = parser.parse_args()
+    {"study": study, "synthesize": synthesize_nq, "collect": collect}[args.command](args)
+
+
+if __name__ == "__main__":
+    run(main)
