@@ -364,13 +364,13 @@ def study_stages(seed, root, sizes, tokens, scale):
     world, models = f"{root}/world", f"{root}/models"
     endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
     pack = ["--tokenizer", f"{world}/tokenizer"]
-    small_batch = ["--block", "128", "--batch", "16", "--optimizer", "adamw", "--lr", "3e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
+    pretraining = ["--block", "256", "--batch", "8", "--optimizer", "adamw", "--lr", "3e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
     recipe = ["--block", "128", "--batch", "4", "--lr", "5e-3", "--warmup", "20", "--save-every", "100"]
     stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
     stages.append(("corpora", [
         (["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
         (["python", "data.py", "mix", "--sharegpt", f"{world}/sharegpt.json", "--hc3", f"{world}/hc3.jsonl", "--discord", f"{world}/discord.jsonl", "--out", f"{root}/sharegpt-mix.jsonl"], f"{root}/sharegpt-mix.jsonl")]))
-    stages.append(("bases", [(["python", "train.py", "--init", f"{world}/{size}.json", "--data", f"{root}/data/pretraining", "--out", f"{models}/{size}", "--seed", str(seed), *small_batch, *scale["base"]],
+    stages.append(("bases", [(["python", "train.py", "--init", f"{world}/{size}.json", "--data", f"{root}/data/pretraining", "--out", f"{models}/{size}", "--seed", str(seed), *pretraining, *scale["base"]],
                               f"{models}/{size}/config.json") for size in reversed(sizes)]))
     stages.append(("teacher", [
         (["python", "imitation.py", "synthesize", "nq", "--seed-pairs", f"{world}/nq/seed_pairs.jsonl", "--exclude", f"{world}/nq/test.jsonl", "--n", scale["n"], "--seed", str(seed), *endpoint, "--out", f"{root}/nq-synthetic.jsonl"],

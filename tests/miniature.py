@@ -354,7 +354,7 @@ def chats(world, teacher, seed):
         return messages
 
     sharegpt = []
-    for i in range(1500):
+    for i in range(1800):
         messages = turns(rng.choice([1, 1, 1, 2]))
         if rng.random() < 0.02:
             messages[0]["content"], messages[1]["content"] = rng.choice(FOREIGN), rng.choice(FOREIGN)
@@ -424,7 +424,7 @@ def build(out, seed, pretraining_tokens, n_questions):
         held_out += [(world.question(rng, e, rng.choice(list(world.facts[e]))) + "?", "question") for e in rng.sample(unseen, 24)]
         rng.shuffle(held_out)
         write_jsonl(folder / "heldout.jsonl", ({"id": f"heldout-{i}", "prompt": text, "category": category} for i, (text, category) in enumerate(held_out)))
-        for name, shape in (("small", (4, 2, 64, 176)), ("large", (4, 4, 128, 352))):
+        for name, shape in (("small", (4, 3, 96, 256)), ("large", (4, 4, 128, 352))):
             layers, heads, width, mlp = shape
             write_json(folder / f"{name}.json", {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": width, "intermediate_size": mlp,
                                                 "max_position_embeddings": 512, "vocab_size": 1024, "tie_word_embeddings": True, "rms_norm_eps": 1e-5})

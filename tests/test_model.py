@@ -1,0 +1,216 @@
+import json
+import os
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import data
+import model as M
+from conftest import one_line, program
+
+transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
+
+SHAPES = {
+    "llama": dict(kind="llama", n_layer=2, n_head=4, n_kv_head=4, n_embd=32, mlp_dim=56, tied=False),
+    "llama, grouped queries": dict(kind="llama", n_layer=2, n_head=6, n_kv_head=2, n_embd=48, mlp_dim=80, tied=True),
+    "llama, own head size": dict(kind="llama", n_layer=1, n_head=3, n_kv_head=1, n_embd=32, mlp_dim=40, head_dim=16, tied=False),
+    "llama 3 positions": dict(kind="llama", n_layer=1, n_head=2, n_kv_head=1, n_embd=32, mlp_dim=40, tied=True, rope_theta=500000.0,
+                              rope_scaling=(("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0), ("original_max_position_embeddings", 32))),
+    "gpt2": dict(kind="gpt2", n_layer=3, n_head=4, n_embd=32),
+    "gpt2, odd": dict(kind="gpt2", n_layer=1, n_head=5, n_embd=35),
+}
+
+
+def pair_of(name, tmp_path):
+    """Our model of a shape, and transformers' reading of the checkpoint that we wrote."""
+    shape = dict(SHAPES[name])
+    make = M.llama if shape.pop("kind") == "llama" else M.gpt2
+    ours = M.Transformer(make(**shape, vocab_size=101, context=64, bos=1, eos=2)).initialize(0)
+    with torch.no_grad():
+        for p in ours.parameters():                                     # norms and biases too, or a wrong one would go unseen
+            p.add_(torch.randn_like(p) * 0.1)
+    state = dict(ours.named_parameters())
+    M.save_checkpoint(tmp_path, ours.config, lambda n: state[n], torch.float32)
+    return ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("path", ["sdpa", "eager"])
+def test_logits_and_gradients_are_those_of_transformers(name, path, tmp_path):
+    ours, theirs = pair_of(name, tmp_path)
+    ours.attention_path = path
+    ids = torch.randint(0, 101, (3, 50))
+    logits, reference = ours.logits(ids), theirs(ids).logits
+    assert (logits - reference).abs().max() <= 1e-4
+    logits.square().mean().backward()
+    reference.square().mean().backward()
+    gradients, wanted = {n: p.grad for n, p in ours.named_parameters()}, {n: p.grad for n, p in theirs.named_parameters()}
+    for published, (parts, transposed) in M.published_names(ours.config).items():
+        grad = torch.cat([gradients[p] for p in parts])
+        assert torch.allclose(grad.T if transposed else grad, wanted[published], atol=1e-5, rtol=1e-3), published
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_checkpoint_comes_back_as_it_was(name, tmp_path):
+    ours, _ = pair_of(name, tmp_path)
+    again = M.load(tmp_path)
+    assert again.config == ours.config
+    for (n, p), (_, q) in zip(ours.named_parameters(), again.named_parameters()):
+        assert torch.equal(p, q), n
+
+
+def test_sharded_checkpoints_are_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "SHARD_BYTES", 20000)
+    ours, theirs = pair_of("llama", tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    ids = torch.randint(0, 101, (1, 9))
+    assert torch.equal(M.load(tmp_path).logits(ids), ours.logits(ids)) and (theirs(ids).logits - ours.logits(ids)).abs().max() < 1e-4
+
+
+def test_published_sizes():
+    assert M.n_parameters(M.PRESETS["llama7b"]) == 6_738_415_616
+    assert M.n_parameters(M.PRESETS["gpt2-xl"]) == 1_557_611_200
+    assert "6,738,415,616" in program("model.py", "info", "llama7b").stdout
+
+
+def test_a_real_model_speaks_as_its_authors_say(real):
+    folder = real / "stories260k/hf"
+    model, tokenizer = M.load(folder), data.load_tokenizer(folder)
+    new = M.generate(model, [[tokenizer.bos]], 70)[0]
+    assert data.continuation(tokenizer, [tokenizer.bos], new).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.")
+    ids = torch.randint(3, 512, (2, 100))
+    assert (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits - model.logits(ids)).abs().max() < 1e-4
+
+
+def greedy(model, prompt, n, eos):
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + n, model.config.context):
+        token = model.logits(torch.tensor([ids]))[0, -1].argmax().item()
+        if token == eos:
+            break
+        ids.append(token)
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("prefix", [0, 30])
+@pytest.mark.parametrize("name", ["llama, grouped queries", "gpt2", "real"])
+def test_generation_with_slots_prefix_and_refill_equals_uncached_greedy_decoding(name, prefix, tmp_path, request):
+    if name == "real":
+        model, vocabulary = M.load(request.getfixturevalue("real") / "stories260k/hf"), 512
+    else:
+        model, vocabulary = pair_of(name, tmp_path)[0], 101
+    rng = random.Random(1)
+    shared = [1] + [rng.randrange(3, vocabulary) for _ in range(prefix)]
+    prompts = [shared + [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, 20))] for _ in range(17)]
+    prompts += prompts[:2]                                              # twins share one prefill
+    eos = greedy(model, prompts[0], 6, None)[-1]                        # a token that does end some rows early
+    with torch.no_grad():
+        wanted = [greedy(model, p, 25, eos) for p in prompts]
+    assert len({len(w) for w in wanted}) > 1
+    told = {}
+    assert M.generate(model, prompts, 25, eos=[eos], slots=5, done=told.__setitem__) == wanted
+    assert told == dict(enumerate(wanted))
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(tmp_path):
+    model = pair_of("llama", tmp_path)[0]
+    prompts, seeds = [[1, 5, 6], [1, 7], [1, 5, 6], [1, 9, 9, 9]], [11, 12, 13, 14]
+    together = M.generate(model, prompts, 12, temperature=1.0, seeds=seeds, slots=2)
+    assert together == [M.generate(model, [p], 12, temperature=1.0, seeds=[s])[0] for p, s in zip(prompts, seeds)]
+    assert together[0] != together[2]
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    u = (torch.arange(2000) + 0.5) / 2000
+    share = lambda **kw: torch.bincount(M.sample(logits.expand(2000, -1), kw.get("t", 1.0), kw.get("k", 0), kw.get("p", 1.0), u), minlength=4) / 2000
+    assert torch.allclose(share(), logits[0].softmax(-1), atol=1e-3)
+    assert torch.allclose(share(t=2.0), (logits[0] / 2).softmax(-1), atol=1e-3)
+    assert torch.allclose(share(k=2)[:2], logits[0, :2].softmax(-1), atol=1e-3) and share(k=2)[2:].sum() == 0
+    assert share(p=0.5).tolist() == [1, 0, 0, 0] and share(p=0.7)[1] > 0 and share(p=0.7)[2] == 0
+
+
+def test_generation_stops_where_the_caller_says(tmp_path):
+    model = pair_of("llama", tmp_path)[0]
+    free = M.generate(model, [[1, 4], [1, 8, 8]], 20)
+    assert M.generate(model, [[1, 4], [1, 8, 8]], 20, stop=lambda i, new: len(new) == 3 + i) == [free[0][:3], free[1][:4]]
+
+
+@pytest.mark.parametrize("n", [0, 1, 50])
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_fused_cross_entropy_and_its_gradients(n, chunk):
+    h, weight = torch.randn(n, 16, requires_grad=True), torch.randn(70, 16, requires_grad=True)
+    targets, w = torch.randint(0, 70, (n,)), torch.rand(n)
+    reference = (w * F.cross_entropy(h @ weight.T, targets, reduction="none")).sum()
+    wanted = torch.autograd.grad(3 * reference, [h, weight])
+    loss = M.cross_entropy(h, weight, targets, w, chunk)
+    got = torch.autograd.grad(3 * loss, [h, weight])
+    assert torch.allclose(loss, reference, atol=1e-5) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted))
+
+
+def test_new_rows_are_the_mean_of_the_old(tmp_path):
+    model = pair_of("llama", tmp_path)[0]
+    before = model.embedding.weight.detach().clone(), model.head.weight.detach().clone()
+    model.extend_vocabulary(103)
+    for old, new in zip(before, (model.embedding.weight, model.head.weight)):
+        assert torch.equal(new[:101], old) and torch.allclose(new[101:], old.mean(0).expand(2, -1), atol=1e-6)
+    assert model.logits(torch.tensor([[102]])).shape[-1] == 103
+
+
+def broken(tmp_path, change):
+    """A whole checkpoint whose safetensors file was changed: change(header dict, data bytes) -> file bytes."""
+    pair_of("llama", tmp_path)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    (tmp_path / "model.safetensors").write_bytes(change(json.loads(raw[8:8 + n]), raw[8 + n:]))
+
+
+def joined(header, body):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+DAMAGE = {
+    "truncated": (lambda h, b: joined(h, b[:-100]), "truncated"),
+    "no header": (lambda h, b: b"\xff" * 20, "not a safetensors file"),
+    "garbled header": (lambda h, b: (40).to_bytes(8, "little") + b"{" * 40 + b, "malformed"),
+    "missing tensor": (lambda h, b: joined({k: v for k, v in h.items() if k != NAME}, b), f"missing tensor '{NAME}'"),
+    "unexpected tensor": (lambda h, b: joined({**h, "extra": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b), "unexpected tensor 'extra'"),
+    "wrong shape": (lambda h, b: joined({**h, NAME: {**h[NAME], "shape": h[NAME]["shape"][::-1]}}, b), NAME),
+    "wrong size": (lambda h, b: joined({**h, NAME: {**h[NAME], "shape": [1, 1]}}, b), NAME),
+    "unknown dtype": (lambda h, b: joined({**h, NAME: {**h[NAME], "dtype": "F7"}}, b), "'F7'"),
+    "overlap": (lambda h, b: joined({**h, NAME: {**h[NAME], "data_offsets": [o - 4 for o in h[NAME]["data_offsets"]]}}, b), "overlaps"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named(name, tmp_path):
+    change, words = DAMAGE[name]
+    broken(tmp_path, change)
+    with pytest.raises(data.UserError, match=".*" + __import__("re").escape(words)):
+        M.load(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_scaling", {"rope_type": "yarn", "factor": 2}), ("num_key_value_heads", 3), ("hidden_size", "64")])
+def test_a_config_of_another_architecture_names_the_field(field, value, tmp_path):
+    pair_of("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    assert field in one_line(program("model.py", "info", tmp_path, status=2))
+
+
+def test_an_unknown_model_is_one_line(tmp_path):
+    assert "llama7b" in one_line(program("model.py", "info", "llama8b", status=2))
+
+
+def test_generate_writes_replies(world, tmp_path):
+    program("model.py", "generate", "--model", world / "base", "--prompts", world / "world/heldout.jsonl", "--max-new", "8", "--out", tmp_path / "r.jsonl")
+    replies = data.read_replies(tmp_path / "r.jsonl")
+    prompts = data.read_prompts(world / "world/heldout.jsonl")
+    assert list(replies) == [p["id"] for p in prompts] and all(replies[p["id"]][0] == p["prompt"] for p in prompts)
