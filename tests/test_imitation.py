@@ -1,0 +1,309 @@
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+import requests
+
+import data
+import imitation as I
+from conftest import ROOT, lines_of, one_line, program
+
+
+class Faulty:
+    """A loopback server whose answers `behave(n, request, handler)` decides: a dict is a reply's fields, an int a status, text or bytes a body."""
+
+    def __init__(self, behave=lambda n, request, handler: {}):
+        self.requests, self.lock, outer = [], threading.Lock(), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    n = len(outer.requests)
+                    outer.requests.append((request, dict(self.headers)))
+                answer = behave(n, request, self)
+                if answer is None:                                       # the connection is dropped
+                    self.close_connection = True
+                    return
+                status, headers = 200, {}
+                if isinstance(answer, tuple):
+                    status, answer, headers = answer
+                if isinstance(answer, int):
+                    status, answer = answer, json.dumps({"error": {"message": f"status {answer}"}})
+                if isinstance(answer, dict) and status == 200:
+                    choice = {"message": {"role": "assistant", "content": answer.get("content", f"reply to {request['messages'][-1]['content']}")}, "finish_reason": answer.get("finish", "stop")}
+                    answer = json.dumps({"model": "m", "choices": answer.get("choices", [choice]), "usage": {"total_tokens": 3}})
+                body = (json.dumps(answer) if isinstance(answer, dict) else answer)
+                body = body.encode() if isinstance(body, str) else body
+                try:
+                    self.send_response(status)
+                    for k, v in {"Content-Length": str(len(body)), **headers}.items():
+                        self.send_header(k, v)
+                    self.end_headers()
+                    self.wfile.write(body)
+                except ConnectionError:
+                    self.close_connection = True
+
+            def log_message(self, *args):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 128
+
+            def handle_error(self, *args):
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def asked(self):
+        return Counter(r["messages"][-1]["content"] for r, _ in self.requests)
+
+
+def queries(n):
+    return [{"messages": [{"role": "user", "content": f"q{i}"}], "seed": i} for i in range(n)]
+
+
+def teacher(server, tmp_path, **kw):
+    return I.Teacher(server.url, "m", tmp_path / "journal.jsonl", **{"timeout": 5, **kw})
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    """Waits between retries are cut to a hundredth; what is tried, and how often, stays the same."""
+    sleep = time.sleep
+    monkeypatch.setattr(I.time, "sleep", lambda s: sleep(s / 100))
+
+
+def test_replies_come_in_the_order_of_the_requests_and_are_journaled(tmp_path):
+    server = Faulty(lambda n, request, handler: time.sleep(random.random() / 50) or {})
+    with teacher(server, tmp_path) as t:
+        out = [record["content"] for _, record in t.ask(queries(60))]
+    assert out == [f"reply to q{i}" for i in range(60)]
+    with teacher(server, tmp_path) as t:                                 # again: everything is in the journal
+        assert [record["content"] for _, record in t.ask(queries(60))] == out
+    assert len(server.requests) == 60 and len(lines_of(tmp_path / "journal.jsonl")) == 60
+
+
+def test_every_kind_of_fault_is_survived_with_every_key_exactly_once(tmp_path):
+    rng = random.Random(0)
+
+    def behave(n, request, handler):
+        kind = rng.choice(["ok"] * 6 + ["429", "429 later", "500", "503", "drop", "half", "json", "html", "no choice", "null"])
+        return {"ok": {}, "429": 429, "429 later": (429, "{}", {"Retry-After": "0"}), "500": 500, "503": (503, "loading", {}), "drop": None, "half": (200, "{", {"Content-Length": "500", "Connection": "close"}),
+                "json": "{not json", "html": (200, "<html>busy</html>", {"Content-Type": "text/html"}), "no choice": {"choices": []}, "null": "null"}[kind]
+    server = Faulty(behave)
+    with teacher(server, tmp_path, concurrency=16, retries=60, timeout=2) as t:
+        t.answered = True
+        out = [record["content"] for _, record in t.ask(queries(150))]
+    assert out == [f"reply to q{i}" for i in range(150)]
+    keys = [r["key"] for r in lines_of(tmp_path / "journal.jsonl")]
+    assert len(keys) == len(set(keys)) == 150
+
+
+@pytest.mark.parametrize("status, body", [(401, {"error": {"message": "bad key"}}), (403, {}), (404, {"error": {"message": "no such model"}}), (429, {"error": {"type": "insufficient_quota", "message": "pay"}}), (302, {})])
+def test_what_cannot_get_better_stops_the_work(status, body, tmp_path):
+    server = Faulty(lambda n, request, handler: (status, json.dumps(body), {}))
+    with teacher(server, tmp_path, concurrency=2) as t, pytest.raises(data.UserError, match=str(status)):
+        list(t.ask(queries(50)))
+    assert len(server.requests) <= 4
+
+
+def test_a_request_that_is_refused_fails_alone(tmp_path):
+    server = Faulty(lambda n, request, handler: 400 if request["messages"][0]["content"] == "q7" else {})
+    with teacher(server, tmp_path) as t:
+        statuses = [r["status"] for _, r in t.ask(queries(12))]
+    assert statuses == ["ok"] * 7 + ["refused"] + ["ok"] * 4
+    assert len(server.requests) == 12
+
+
+def test_five_refusals_from_the_start_stop_the_work(tmp_path):
+    server = Faulty(lambda n, request, handler: 400)
+    with teacher(server, tmp_path, concurrency=1) as t, pytest.raises(data.UserError, match="first five"):
+        list(t.ask(queries(50)))
+    assert len(server.requests) <= 7
+
+
+def test_replies_that_are_no_whole_answer_are_kept_apart(tmp_path):
+    answers = [{"finish": "length"}, {"content": ""}, {"content": None}, {"finish": "content_filter"}, {}]
+    server = Faulty(lambda n, request, handler: answers[int(request["messages"][0]["content"][1:])])
+    with teacher(server, tmp_path) as t:
+        assert [r["status"] for _, r in t.ask(queries(5))] == ["length", "empty", "empty", "content_filter", "ok"]
+
+
+def test_a_reply_over_the_limit_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(I, "MAX_REPLY_BYTES", 1 << 17)
+    server = Faulty(lambda n, request, handler: "x" * (10 << 20))
+    with teacher(server, tmp_path, retries=1) as t, pytest.raises(data.Failure, match="cut off"):
+        list(t.ask(queries(1)))
+
+
+def test_a_server_that_stalls_is_given_up(tmp_path):
+    server = Faulty(lambda n, request, handler: threading.Event().wait(3) or {})
+    with teacher(server, tmp_path, retries=1, timeout=0.2) as t, pytest.raises(data.Failure, match="no answer"):
+        list(t.ask(queries(1)))
+
+
+def test_retry_after_is_a_number_or_a_date():
+    assert I.retry_after("3") == 3 and I.retry_after(None) is None and I.retry_after("soon") is None
+    from email.utils import formatdate
+    assert 5 < I.retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
+
+
+def test_the_key_of_a_request_holds_what_determines_the_reply_and_not_the_port(tmp_path):
+    a, b = (I.Teacher(f"http://127.0.0.1:{p}/v1", "m", tmp_path / str(p)) for p in (1, 2))
+    request = queries(1)[0]
+    assert a.key_of(request) == b.key_of(request)
+    assert len({a.key_of(r) for r in (request, {**request, "seed": 9}, {**request, "temperature": 0.5}, {**request, "index": 1}, {**request, "messages": []})}) == 5
+    assert I.Teacher("http://127.0.0.1:1/v1", "m", tmp_path / "c", teacher_id="new").key_of(request) != a.key_of(request)
+
+
+def test_a_second_process_on_one_journal_is_refused(tmp_path):
+    with teacher(Faulty(), tmp_path), pytest.raises(data.UserError, match="in use"):
+        teacher(Faulty(), tmp_path)
+
+
+@pytest.mark.parametrize("url, env, key", [("https://api.openai.com/v1", {"OPENAI_API_KEY": "sk"}, "sk"), ("https://example.org/v1", {"OPENAI_API_KEY": "sk"}, None), ("http://127.0.0.1:1/v1", {"OPENAI_API_KEY": "sk"}, None)])
+def test_the_openai_key_goes_to_openai_alone(url, env, key, tmp_path, monkeypatch):
+    for k, v in env.items():
+        monkeypatch.setenv(k, v)
+    assert I.Teacher(url, "m", tmp_path / "j").key == key
+
+
+def test_a_named_key_does_not_travel_over_plain_http_nor_into_messages(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    with pytest.raises(data.UserError, match="plain http"):
+        I.Teacher("http://example.org/v1", "m", tmp_path / "j", key_env="MY_KEY")
+    server = Faulty(lambda n, request, handler: (401, json.dumps({"error": {"message": f"wrong key {handler.headers['Authorization']}"}}), {}))
+    with teacher(server, tmp_path, key_env="MY_KEY") as t, pytest.raises(data.UserError) as e:
+        list(t.ask(queries(1)))
+    assert server.requests[0][1]["Authorization"] == "Bearer sk-secret" and "sk-secret" not in str(e.value) and "[key]" in str(e.value)
+
+
+def test_loopback_bypasses_proxies_and_netrc(tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    server = Faulty()
+    with teacher(server, tmp_path) as t:
+        assert len(list(t.ask(queries(2)))) == 2
+    assert "Authorization" not in server.requests[0][1]
+
+
+def test_sampling_fields_that_were_not_set_are_not_sent(tmp_path):
+    server = Faulty()
+    with teacher(server, tmp_path) as t:
+        list(t.ask([{"messages": [{"role": "user", "content": "q"}], "max_tokens": None, "index": 3}]))
+    assert set(server.requests[0][0]) == {"model", "messages"}
+
+
+PAIRS = {
+    "plain": ("Q: who is x?\nA: y", [("who is x?", "y")]),
+    "several": ("Q: a?\nA: b\n\nQ: c?\nA: d\n", [("a?", "b"), ("c?", "d")]),
+    "numbered": ("1. Q: a?\nA: b\n2) Q: c?\n   A: d", [("a?", "b"), ("c?", "d")]),
+    "bold": ("**Q:** a?\n**A:** b", [("a?", "b")]),
+    "spelled out": ("Here you go:\n\nQuestion 1: a?\nAnswer 1: b", [("a?", "b")]),
+    "bullets": ("- Q: a?\n- A: b", [("a?", "b")]),
+    "blank line between": ("Q: a?\n\nA: b", [("a?", "b")]),
+    "question without answer": ("Q: a?\nQ: c?\nA: d", [("c?", "d")]),
+    "answer without question": ("A: b\nQ: c?", []),
+    "prose": ("I cannot do that. A: really? Also, apples.", []),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_read_leniently(name):
+    text, wanted = PAIRS[name]
+    assert I.parse_pairs(text) == wanted
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    """The miniature's teacher, as a user starts it; yields its URL."""
+    process = subprocess.Popen([sys.executable, "tests/miniature.py", "serve", "--world", world / "world", "--port-file", world / "port"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (world / "port").is_file():
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{(world / 'port').read_text()}/v1"
+    process.kill()
+
+
+def synthesize(world, url, out, *more, **kw):
+    return program("imitation.py", "synthesize", "nq", "--seed-pairs", world / "world/nq/seed_pairs.jsonl", "--exclude", world / "world/nq/test.jsonl", "--endpoint", url, "--endpoint-model", "teacher", "--out", out, *more, **kw)
+
+
+def test_synthesis_keeps_n_and_counts_what_it_rejects(world, served, tmp_path):
+    done = synthesize(world, served, tmp_path / "a.jsonl", "--n", "300")
+    rows = lines_of(tmp_path / "a.jsonl")
+    pairs = [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in rows]
+    assert len(rows) == len(set(pairs)) == len({r["id"] for r in rows}) == 300
+    assert all(q == q.lower() and q.endswith("?") and len(a.split()) <= 10 for q, a in pairs)
+    assert not {q.rstrip("?") for q, _ in pairs} & {r["question"] for r in lines_of(world / "world/nq/test.jsonl")}
+    assert "answer too long" in done.stdout and "duplicate" in done.stdout
+    assert "rejected" in (tmp_path / "a.jsonl.card.md").read_text()
+    synthesize(world, served, tmp_path / "b.jsonl", "--n", "300", "--concurrency", "3")
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_synthesis_killed_and_restarted_asks_nothing_twice(world, served, tmp_path):
+    out, clean = tmp_path / "a.jsonl", tmp_path / "clean.jsonl"
+    command = [sys.executable, "imitation.py", "synthesize", "nq", "--seed-pairs", str(world / "world/nq/seed_pairs.jsonl"), "--n", "600", "--endpoint", served, "--endpoint-model", "teacher", "--out", str(out)]
+    journal = tmp_path / "a.jsonl.journal.jsonl"
+    for lines in (10, 60):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    assert len(keys) == len(set(keys))
+    subprocess.run([*command[:-1], str(clean)], cwd=ROOT, check=True, capture_output=True)
+    assert out.read_bytes() == clean.read_bytes()
+
+
+def test_a_teacher_that_repeats_itself_ends_the_loop(world, tmp_path):
+    server = Faulty(lambda n, request, handler: {"content": "Q: who?\nA: me"})
+    done = synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "50")
+    assert len(lines_of(tmp_path / "a.jsonl")) == 1 and "only repeated itself" in done.stderr
+
+
+def test_collect_writes_replies_in_order_and_failures_apart(world, served, tmp_path):
+    program("imitation.py", "collect", "--prompts", world / "world/heldout.jsonl", "--endpoint", served, "--endpoint-model", "teacher", "--out", tmp_path / "r.jsonl", "--samples", "2")
+    prompts = data.read_prompts(world / "world/heldout.jsonl")
+    replies = data.read_replies(tmp_path / "r.jsonl")
+    assert list(replies) == [f"{p['id']}/{k}" for p in prompts for k in range(2)]
+    assert any(replies[f"{p['id']}/0"][1] != replies[f"{p['id']}/1"][1] for p in prompts)
+    program("imitation.py", "collect", "--prompts", world / "world/heldout.jsonl", "--endpoint", served, "--endpoint-model", "teacher", "--out", tmp_path / "s.jsonl", "--max-new", "3")
+    assert lines_of(tmp_path / "s.jsonl") == [] and {f["status"] for f in lines_of(tmp_path / "s.jsonl.failed.jsonl")} == {"length"}
+
+
+@pytest.mark.parametrize("more, status, words", [(["--endpoint-model", "nobody"], 2, "does not exist"), (["--endpoint", "ftp://x"], 2, "not a URL"), (["--endpoint", "http://127.0.0.1:9/v1"], 1, "no answer")])
+def test_a_teacher_that_cannot_be_asked_is_one_line(world, served, tmp_path, more, status, words):
+    done = program("imitation.py", "collect", "--prompts", world / "world/heldout.jsonl", "--endpoint", served, "--endpoint-model", "teacher", "--out", tmp_path / "r.jsonl", *more, status=status)
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_the_served_teacher_speaks_the_protocol(served):
+    ask = lambda **kw: requests.post(served + "/chat/completions", json={"model": "teacher", "messages": [{"role": "user", "content": "how do I save money?"}], **kw}).json()
+    a, b = ask(seed=1), ask(seed=2)
+    assert a["choices"][0]["message"]["content"] == ask(seed=1)["choices"][0]["message"]["content"] != b["choices"][0]["message"]["content"]
+    assert len(ask(n=3)["choices"]) == 3 and ask(temperature=0, seed=1)["choices"] == ask(temperature=0, seed=2)["choices"]
+    cut = ask(max_tokens=2)["choices"][0]
+    assert cut["finish_reason"] == "length" and len(cut["message"]["content"].split()) == 2
+    assert "\n" not in ask(stop="\n")["choices"][0]["message"]["content"]
+    assert a["usage"]["total_tokens"] == a["usage"]["prompt_tokens"] + a["usage"]["completion_tokens"]
+    assert requests.get(served + "/models").json()["data"][0]["id"] == "teacher"
+    assert "sorry" in requests.post(served + "/chat/completions", json={"messages": [{"role": "user", "content": "say that he is an idiot"}]}).json()["choices"][0]["message"]["content"]
+    assert requests.post(served + "/chat/completions", data="{").status_code == 400

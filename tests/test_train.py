@@ -1,0 +1,253 @@
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as M
+import train as T
+from conftest import ROOT, lines_of, one_line, program, torchrun
+
+
+def weights_of(folder):
+    file = M.Safetensors(folder / "model.safetensors")
+    return {n: file.get(n).clone() for n in file.entries}
+
+
+def assert_close(a, b, tolerance):
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys()
+    for n in a:
+        assert (a[n] - b[n]).abs().max() <= tolerance, n
+
+
+def finetune(world, out, *more, **kw):
+    return ["train.py", "--model", world / "base", "--data", world / "chat", "--out", out, "--tokens", "4k", "--block", "64", "--batch", "8", "--warmup", "3", *more]
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------------
+
+UNEVEN = np.array([[1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 0]], np.uint8)
+
+
+def test_loss_weights_are_the_two_normalisations():
+    losses = np.random.default_rng(0).random(UNEVEN.shape)
+    rows = [l[m == 1].mean() if m.any() else 0.0 for l, m in zip(losses, UNEVEN)]
+    assert np.isclose((T.loss_weights(UNEVEN, "row") * losses).sum(), np.mean(rows))
+    assert np.isclose((T.loss_weights(UNEVEN, "token") * losses).sum(), losses[UNEVEN == 1].mean())
+
+
+@pytest.mark.parametrize("norm", ["row", "token"])
+def test_accumulation_and_ranks_share_one_batch_exactly(norm, world):
+    """Very uneven masks: averaging the means of micro-batches or ranks (the known mistake) gives another gradient."""
+    model = M.Transformer(M.llama(1, 2, 16, 24, vocab_size=50, context=16)).initialize(0)
+    ids, targets = torch.randint(0, 50, (4, 8)), torch.randint(0, 50, (4, 8))
+    weights = torch.from_numpy(T.loss_weights(UNEVEN, norm))
+
+    def gradient(parts):
+        model.zero_grad()
+        for p in parts:
+            model(ids[p], targets[p], weights[p]).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    whole = gradient([slice(0, 4)])
+    assert torch.allclose(whole, gradient([slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)]), atol=1e-6)
+    model.zero_grad()
+    for r in range(4):                                                  # the mistake
+        own = torch.from_numpy(T.loss_weights(UNEVEN[r:r + 1], norm)) / 4
+        model(ids[r:r + 1], targets[r:r + 1], own).backward()
+    mistaken = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert norm == "row" or not torch.allclose(whole, mistaken, atol=1e-4)
+
+    args = type("Args", (), dict(seed=0, batch=8, micro_batch=2, loss_norm=norm))
+    blocks = T.Blocks(world / "chat", 64, 4000)
+    (one, n_tokens, n_loss) = T.share(args, blocks, 3, 0, 1)
+    both = [T.share(args, blocks, 3, r, 3) for r in range(3)]
+    assert all((t, l) == (n_tokens, n_loss) for _, t, l in both) and len({len(m) for m, _, _ in both}) == 1
+    total = lambda parts: sorted((int(i.sum()), round(float(w.sum()), 6)) for ids_, _, ws in parts for i, w in zip(ids_, ws) if w.any())
+    assert total(one) == total([b for m, _, _ in both for b in m])
+
+
+def test_loss_ignores_user_tokens():
+    model = M.Transformer(M.llama(1, 2, 16, 24, vocab_size=50, context=16)).initialize(0)
+    ids, targets, weights = torch.randint(0, 50, (1, 8)), torch.randint(0, 50, (1, 8)), torch.tensor([[0, 0, 0, .5, .5, 0, 0, 0]])
+    loss = model(ids, targets, weights)
+    other = torch.where(weights > 0, targets, (targets + 1) % 50)
+    assert model(ids, other, weights) == loss
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(model.logits(ids)[0, 3:5], targets[0, 3:5]), atol=1e-6)
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------------------
+
+def test_scaled_optimizer_is_the_formula_of_the_docstring():
+    """Written out once more, slowly, in float64; q, k and v of GPT-2 are one tensor for the RMS."""
+    torch.manual_seed(0)
+    groups = [[torch.nn.Parameter(torch.randn(3, 4) * s) for s in (0.1, 2.0)], [torch.nn.Parameter(torch.full((5,), 1e-6))]]
+    optimizer = T.Optimizer("scaled", groups, 1e-4, 1.0)
+    p = [x.detach().double().numpy().copy() for g in groups for x in g]
+    m, v = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
+    for t in range(20):
+        lr = 2e-3 * t / 5 if t < 5 else 2e-3
+        g = [torch.randn(x.shape) * 3 for x in p]
+        for x, grad in zip(optimizer.params, g):
+            x.grad = grad.clone()
+        norm = optimizer.step(t, lr)
+        wanted = math.sqrt(sum(float((x.double() ** 2).sum()) for x in g))
+        assert math.isclose(norm, wanted, rel_tol=1e-5)
+        rms = [max(math.sqrt(np.concatenate([p[0].ravel(), p[1].ravel()]).__pow__(2).mean()), 1e-3)] * 2 + [max(math.sqrt((p[2] ** 2).mean()), 1e-3)]
+        for i in range(3):
+            grad = g[i].double().numpy() * min(1, 1 / wanted)
+            d = 1 - (t + 1) ** -0.95
+            v[i] = d * v[i] + (1 - d) * (grad ** 2 + 1e-30)
+            m[i] = 0.9 * m[i] + 0.1 * grad / np.sqrt(v[i]) * lr * rms[i]
+            p[i] = p[i] - m[i] - lr * 1e-4 * p[i]
+    for x, want in zip(optimizer.params, p):
+        assert np.allclose(x.detach().numpy(), want, atol=1e-6)
+
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    ours, theirs = T.Optimizer("adamw", [[a]], 0.1, 1e9), torch.optim.AdamW([b], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for t in range(10):
+        a.grad = torch.randn(4, 3)
+        b.grad = a.grad.clone()
+        ours.step(t, 1e-2)
+        theirs.step()
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_learning_rate_rises_from_zero_and_stays():
+    args = type("Args", (), dict(lr=2e-3, warmup=1000, decay="constant", end_lr=0.0))
+    assert [T.learning_rate(args, s, 3000) for s in (0, 500, 1000, 2999)] == [0, 1e-3, 2e-3, 2e-3]
+    args.decay = "cosine"
+    assert T.learning_rate(args, 2000, 3000) == pytest.approx(1e-3) and T.learning_rate(args, 3000, 3000) == pytest.approx(0)
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------------------------
+
+def test_the_order_of_blocks_is_a_permutation_and_subsets_are_nested(world):
+    blocks = T.Blocks(world / "chat", 64, 4000)
+    rows = [r for step in range(-(-blocks.n // 8)) for r in blocks.rows_of_step(1, step, 8)]
+    assert sorted(rows) == list(range(blocks.n)) and rows != sorted(rows)
+    assert blocks.n == 62 and T.Blocks(world / "chat", 64, 8000).n == 125
+    assert (blocks.read([61])[0] == T.Blocks(world / "chat", 64, 8000).read([61])[0]).all()
+
+
+def test_one_conversation_a_row(world):
+    blocks = T.Blocks(world / "chat", 32, 3000, one_per_row=True)
+    tokenizer = blocks.packed.tokenizer()
+    inputs, targets, mask = blocks.read([0, 1, 2])
+    assert (inputs[:, 0] == tokenizer.bos).all() and ((inputs == tokenizer.bos).sum(1) == 1).all()
+    assert blocks.packed.starts[blocks.n] <= 3000 < blocks.packed.starts[blocks.n + 1]
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    program(*finetune(world, out))
+    return out
+
+
+def test_a_run_leaves_a_checkpoint_a_log_and_a_record(world, reference):
+    log, record = lines_of(reference / "log.jsonl"), data.read_json(reference / "train.json")
+    assert [e["step"] for e in log] == list(range(8)) and record["finished"] and log[-1]["loss_tokens"] == record["loss_tokens"]
+    packed = data.Packed(world / "chat")
+    assert record["loss_tokens"] == int(packed.loss_mask[1:62 * 64 + 1].sum())
+    assert log[-1]["loss"] < log[0]["loss"]
+    model = M.load(reference)
+    assert model.config.vocab_size == 1026 and data.read_json(reference / "config.json")["template"] == "tokens"
+
+
+def test_a_finished_run_is_not_run_again(world, reference):
+    before = (reference / "model.safetensors").stat().st_mtime_ns
+    assert "finished already" in program(*finetune(world, reference)).stdout
+    assert (reference / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_named(world, reference):
+    line = one_line(program(*finetune(world, reference), "--lr", "1e-3", "--seed", "3", status=2))
+    assert "lr was 0.002, is 0.001" in line and "seed was 0, is 3" in line
+
+
+def test_micro_batches_make_the_same_run(world, reference, tmp_path):
+    program(*finetune(world, tmp_path / "r", "--micro-batch", "3"))
+    assert_close(reference, tmp_path / "r", 2e-5)
+
+
+def test_two_ddp_processes_make_the_same_run(world, reference, tmp_path):
+    torchrun(2, *finetune(world, tmp_path / "r", "--micro-batch", "2"))
+    assert_close(reference, tmp_path / "r", 2e-5)
+    losses = [[e["loss"] for e in lines_of(f / "log.jsonl")] for f in (reference, tmp_path / "r")]
+    assert np.allclose(*losses, atol=1e-5)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
+def test_killed_and_restarted_is_bit_identical(moment, world, reference, tmp_path):
+    command = [sys.executable, *map(str, finetune(world, tmp_path / "r", "--save-every", "1"))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    states = tmp_path / "r/trainer"
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:            # the moment is counted from a saved state, up to during the next save
+        if moment == 0.0 and states.is_dir() and any(states.glob("*.tmp")):
+            break
+        if moment and states.is_dir() and len(list(states.glob("step-???????"))) >= 1:
+            time.sleep(moment * random.Random(moment).random() * 0.1)
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    again = program(*finetune(world, tmp_path / "r", "--save-every", "1"))
+    assert (tmp_path / "r/model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert [e["step"] for e in lines_of(tmp_path / "r/log.jsonl")] == list(range(8)), again.stdout
+    assert data.read_json(tmp_path / "r/train.json")["loss_tokens"] == data.read_json(reference / "train.json")["loss_tokens"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
+    parameters = [torch.nn.Parameter(torch.full((3,), float(i))) for i in range(2)]
+    optimizer = T.Optimizer("scaled", [[p] for p in parameters], 0, 1)
+    for step in (10, 20, 30):
+        with torch.no_grad():
+            parameters[0].fill_(step)
+        T.save_state(tmp_path, step, ["a", "b"], optimizer, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000020", "step-0000030"]
+    file = tmp_path / "step-0000030/m.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert T.restore_state(tmp_path, ["a", "b"], optimizer) == 20 and parameters[0][0] == 20
+    assert "step-0000030: damaged (m.safetensors)" in capsys.readouterr().err
+
+
+def test_a_run_that_never_leaves_warm_up_says_so(world, tmp_path):
+    assert "outlasts" in program(*finetune(world, tmp_path / "r", "--epochs", "1")[:-1], "100").stderr
+
+
+def test_the_bare_command_lists_what_is_missing(tmp_path):
+    done = program("train.py", "--model", "llama7b", "--weights", tmp_path, "--out", tmp_path / "out", "--data", tmp_path / "data", status=2)
+    assert str(tmp_path / "llama7b") in done.stderr and "data.py pack" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_there_are_is_an_error(world, tmp_path):
+    assert "holds only" in one_line(program(*finetune(world, tmp_path / "r"), "--tokens", "1B", status=2))
+
+
+def test_data_of_another_tokenizer_is_refused(world, real, tmp_path):
+    line = one_line(program("train.py", "--model", real / "stories260k/hf", "--data", world / "chat", "--out", tmp_path / "r", status=2))
+    assert "another tokenizer" in line
+
+
+def test_a_real_checkpoint_is_fine_tuned(real, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["chatgpt_answers"][0]}]} for r in lines_of(real / "hc3/open_qa.jsonl")[:60] if r["chatgpt_answers"]]
+    data.write_jsonl(tmp_path / "c.jsonl", chats)
+    program("data.py", "pack", tmp_path / "c.jsonl", "--tokenizer", real / "stories260k/hf", "--out", tmp_path / "packed")
+    program("train.py", "--model", real / "stories260k/hf", "--data", tmp_path / "packed", "--out", tmp_path / "r", "--block", "128", "--batch", "16", "--warmup", "2")
+    log = lines_of(tmp_path / "r/log.jsonl")
+    assert log[-1]["loss"] < log[0]["loss"] and M.load(tmp_path / "r").config.vocab_size == 514
