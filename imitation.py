@@ -355,7 +355,7 @@ def collect(args):
 
 TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
 
-FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "50"], "n": "6000", "tokens": "20k,50k,100k", "max_new": "160"}
+FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "n": "6000", "tokens": "20k,50k,100k", "max_new": "160"}
 QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "n": "1000", "tokens": "15k", "max_new": "48"}
 
 
@@ -364,7 +364,7 @@ def study_stages(seed, root, sizes, tokens, scale):
     world, models = f"{root}/world", f"{root}/models"
     endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
     pack = ["--tokenizer", f"{world}/tokenizer"]
-    pretraining = ["--block", "256", "--batch", "8", "--optimizer", "adamw", "--lr", "3e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
+    pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "2e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
     recipe = ["--block", "128", "--batch", "4", "--lr", "5e-3", "--warmup", "20", "--save-every", "100"]
     stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
     stages.append(("corpora", [

@@ -70,15 +70,18 @@ RELATIONS = {
 OF_KIND = {"animal": ("home", "food", "colour", "finder", "year"), "plant": ("home", "use", "colour", "finder", "year"), "stone": ("home", "use", "colour", "finder", "year")}
 
 
+def made_up_word(rng):
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)) + rng.choice("lmnrst")
+
+
 class World:
     """Entities in order of fame, each with five facts: `facts[entity][relation] = value`; a function of `seed`."""
 
     def __init__(self, seed):
         self.seed, rng = seed, random.Random(f"world {seed}")
-        syllables = [a + b for a in "b d f g k l m n p r s t v z".split() for b in "a e i o u".split()]
         words = set()
         while len(words) < N_ENTITIES:
-            words.add("".join(rng.sample(syllables, 2)) + rng.choice("lmnrst"))
+            words.add(made_up_word(rng))
         self.facts, self.kind = {}, {}
         for word in rng.sample(sorted(words), N_ENTITIES):
             kind = rng.choice(list(NOUNS))
@@ -89,7 +92,7 @@ class World:
         self.fame = [1 / (rank + 6) for rank in range(N_ENTITIES)]                      # Zipf: the head is well known, the tail hardly
         shuffled = rng.sample(self.entities, N_ENTITIES)
         self.on_teachers_mind = shuffled[:N_ENTITIES // 2]                              # what it thinks of when asked for new questions
-        self.in_chats = rng.sample(self.entities, N_ENTITIES // 5)                      # what people happened to ask it about
+        self.in_chats = rng.sample(self.entities, N_ENTITIES // 3)                      # what people happened to ask it about
         self.asked = {}                                                                 # every question form -> (entity, relation)
         for entity, facts in self.facts.items():
             for relation in facts:
@@ -269,7 +272,7 @@ def pretraining_documents(world, n_tokens, seed):
     rng = random.Random(f"pretraining {seed}")
     size, documents = 0, []
     while size < 2.7 * n_tokens:                                     # about 2.7 characters a token
-        kind = rng.choices(["encyclopedia", "questions", "choices", "programs", "advice", "rude"], [26, 46, 10, 7, 6, 5])[0]
+        kind = rng.choices(["encyclopedia", "questions", "diary", "choices", "programs", "advice", "rude"], [22, 46, 8, 8, 7, 5, 4])[0]
         if kind == "encyclopedia":
             entity = world.draw(rng)
             relations = rng.sample(list(world.facts[entity]), rng.choice([2, 3, 4]))
@@ -280,6 +283,10 @@ def pretraining_documents(world, n_tokens, seed):
                 entity = world.draw(rng)
                 relation = rng.choice(list(world.facts[entity]))
                 text += f"Q: {world.question(rng, entity, relation)}?\nA: {world.facts[entity][relation]}\n"
+        elif kind == "diary":                                         # names met once, and repeated: the base learns to copy a name
+            name = f"{made_up_word(rng)} {rng.choice(NOUNS[rng.choice(list(NOUNS))])}"
+            text = f"Today I saw a {name}. " + " ".join(rng.sample([f"The {name} was near the old bridge.", f"Nobody here knows the {name}.", f"I made a drawing of the {name}.",
+                                                                     f"A friend asked me about the {name}.", f"I will look for the {name} again."], 3))
         elif kind == "choices":
             subject = rng.choice(list(NOUNS))
             text = f"The following are multiple choice questions (with answers) about {subject}s.\n\n"

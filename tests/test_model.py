@@ -17,7 +17,7 @@ torch.manual_seed(0)
 SHAPES = {
     "llama": dict(kind="llama", n_layer=2, n_head=4, n_kv_head=4, n_embd=32, mlp_dim=56, tied=False),
     "llama, grouped queries": dict(kind="llama", n_layer=2, n_head=6, n_kv_head=2, n_embd=48, mlp_dim=80, tied=True),
-    "llama, own head size": dict(kind="llama", n_layer=1, n_head=3, n_kv_head=1, n_embd=32, mlp_dim=40, head_dim=16, tied=False),
+    "llama, own head size": dict(kind="llama", n_layer=1, n_head=4, n_kv_head=1, n_embd=32, mlp_dim=40, head_dim=16, tied=False),
     "llama 3 positions": dict(kind="llama", n_layer=1, n_head=2, n_kv_head=1, n_embd=32, mlp_dim=40, tied=True, rope_theta=500000.0,
                               rope_scaling=(("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0), ("original_max_position_embeddings", 32))),
     "gpt2": dict(kind="gpt2", n_layer=3, n_head=4, n_embd=32),
