@@ -37,7 +37,7 @@ import numpy as np
 # --- errors, files, command lines ---------------------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake that the user can mend; `run` prints it as one line and exits with `status`."""
+    """A mistake that the user can mend; `run` prints each argument as one line and exits with `status`."""
     status = 2
 
 
@@ -69,23 +69,24 @@ def run(main):
         status = main() or 0
         sys.stdout.flush()
     except UserError as e:
-        status = complain(program, e, e.status)
+        status = complain(program, e.status, *e.args)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError) as e:
-        status = complain(program, f"{e.filename}: {e.strerror}", 2)
+        status = complain(program, 2, f"{e.filename}: {e.strerror}")
     except BrokenPipeError:                                # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 0
     except OSError as e:
         more = "; nothing finished is lost: free some space and run the same command again" if e.errno == errno.ENOSPC else ""
-        status = complain(program, f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}{more}", 1)
+        status = complain(program, 1, f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}{more}")
     except KeyboardInterrupt:
-        status = complain(program, "interrupted; the same command continues", 130)
+        status = complain(program, 130, "interrupted; the same command continues")
     sys.exit(status)
 
 
-def complain(program, message, status):
+def complain(program, status, *messages):
     if os.environ.get("RANK", "0") == "0":                 # under torchrun one rank speaks for all
-        print(f"{program}: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+        for message in messages:
+            print(f"{program}: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     return status
 
 
@@ -248,11 +249,13 @@ class GrowingFile:
             self.file.close()
 
 
-def die_with_parent():
-    """In a freshly forked child: be killed when the parent is (Linux), so that no orphan goes on writing its files."""
-    if sys.platform == "linux":
-        import ctypes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)         # PR_SET_PDEATHSIG
+def dying_with_parent():
+    """A preexec_fn: the child is killed when its parent is (Linux), so that no orphan goes on writing its files."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+    libc = ctypes.CDLL(None)                               # loaded before the fork, where it is safe
+    return lambda: libc.prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------------

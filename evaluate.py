@@ -75,13 +75,8 @@ def show(name, metrics):
 
 # --- nq ---------------------------------------------------------------------------------------------------------------------------
 
-def nq_prompt(question, shots, chat):
-    """What the model is shown. The paper does not give its prompt; this is the one of lm-evaluation-harness's nq_open.
-
-    A chat model without shots gets the bare question, as its users would ask it.
-    """
-    if chat and not shots:
-        return f"{question.rstrip('?')}?"
+def nq_prompt(question, shots):
+    """What every model is shown, inside its template. The paper does not give its prompt; this is that of lm-evaluation-harness's nq_open."""
     return "Answer these questions:\n\n" + "".join(f"Q: {q.rstrip('?')}?\nA: {a}\n" for q, a in shots) + f"Q: {question.rstrip('?')}?\nA:"
 
 
@@ -141,7 +136,7 @@ def nq(args):
     settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, "limit": args.limit,
                 "seed": args.seed if args.limit else None, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
     for model, folder, own, complete in each_model(args, settings):
-        prompts = [nq_prompt(r["question"], shots, own["template"] != "plain") for r in rows]
+        prompts = [nq_prompt(r["question"], shots) for r in rows]
         outputs = complete(prompts, STOPS[args.stop])
         samples = []
         for row, prompt, output in zip(rows, prompts, outputs):
@@ -325,15 +320,18 @@ def cell(value, percent=True):
 
 
 def difference(found, task, metric, a, b):
-    """(mean, standard error) of metric(a) − metric(b), seed by seed; the error is that of two independent samples of examples, which
-    overstates that of paired ones."""
+    """(mean, standard error) of metric(a) − metric(b), seed by seed; of the errors over examples (as if unpaired, which overstates it) and
+    over seeds the larger."""
     one, two = found.get((task, a)), found.get((task, b))
     if not one or not two or len(one) != len(two):
         return None
     cells = [(x["metrics"].get(metric), y["metrics"].get(metric)) for x, y in zip(one, two)]
     if any(not x or not y or x["score"] is None or y["score"] is None for x, y in cells):
         return None
-    return (float(np.mean([x["score"] - y["score"] for x, y in cells])), math.sqrt(sum((x["stderr"] or 0) ** 2 + (y["stderr"] or 0) ** 2 for x, y in cells)) / len(cells))
+    differences = [x["score"] - y["score"] for x, y in cells]
+    examples = math.sqrt(sum((x["stderr"] or 0) ** 2 + (y["stderr"] or 0) ** 2 for x, y in cells)) / len(cells)
+    seeds = np.std(differences, ddof=1) / math.sqrt(len(cells)) if len(cells) > 1 else 0.0
+    return float(np.mean(differences)), float(max(examples, seeds))
 
 
 def markdown(rows):

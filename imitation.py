@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data import (Failure, GrowingFile, Parser, UserError, atomic, count, die_with_parent, digest, locked, read_json, read_jsonl, read_prompts, run, visible, write_json,
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, dying_with_parent, digest, locked, read_json, read_jsonl, read_prompts, run, visible, write_json,
                   write_jsonl)
 
 
@@ -68,7 +68,8 @@ class Teacher:
         self.session.auth = self._sign                     # our own, so that netrc never supplies one
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
         self.session.mount(f"{url.scheme}://", adapter)
-        self.lock, self.pause_until, self.answered, self.refused_in_a_row = threading.Lock(), 0.0, False, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.pause_until, self.answered, self.refused_in_a_row = 0.0, False, 0
         self.counts = collections.Counter()
         self._held = locked(journal, f"journal {journal}")
         self._held.__enter__()
@@ -130,10 +131,10 @@ class Teacher:
                 bar.set_postfix(retries=self.counts["retries"], tokens=self.counts["tokens"], refresh=False)
                 yield request, record
         finally:
-            self.retries = -1                              # whatever is still waiting gives up at once
+            self.closing.set()                             # whatever still waits for another try gives up
             pool.shutdown(wait=True, cancel_futures=True)
+            self.closing.clear()
             bar.close()
-            self.retries = 6
 
     def _finish(self, request):
         """The record of one request: from the journal, or asked for and journaled."""
@@ -158,7 +159,7 @@ class Teacher:
         attempt = 0
         while True:
             if (pause := self.pause_until - time.monotonic()) > 0:
-                time.sleep(pause)
+                self.closing.wait(pause)
             try:
                 return self._post(request)
             except Transient as e:
@@ -168,10 +169,10 @@ class Teacher:
                     limit = self.retries if self.answered else min(self.retries, 3)
                     if e.wait is not None:                 # the server named a time: every thread keeps it
                         self.pause_until = max(self.pause_until, time.monotonic() + min(e.wait, 600))
-                if attempt > limit:
+                if attempt > limit or self.closing.is_set():
                     raise Failure(f"{self.url}: {e} ({attempt} tries); what has arrived is in {self.journal.path}, the same command continues")
                 if e.wait is None:
-                    time.sleep(min(60, 0.5 * 2 ** attempt) * random.uniform(0.5, 1))
+                    self.closing.wait(backoff(attempt))
 
     def _post(self, request):
         import requests
@@ -215,6 +216,11 @@ class Teacher:
         status = "content_filter" if finish == "content_filter" else "length" if finish == "length" else "ok" if (content or "").strip() else "empty"
         return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": answer.get("usage"), "time": round(time.time()),
                 "sampling": {k: v for k, v in request.items() if k not in ("messages", "index")}}
+
+
+def backoff(attempt):
+    """Seconds before the next try: doubling up to a minute, drawn anew so that clients do not return all at once."""
+    return min(60, 0.5 * 2 ** attempt) * random.uniform(0.5, 1)
 
 
 def retry_after(value):
@@ -355,17 +361,18 @@ def collect(args):
 
 TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
 
-FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "n": "6000", "tokens": "20k,50k,100k", "max_new": "160"}
-QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "n": "1000", "tokens": "15k", "max_new": "48"}
+FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "pairs": "4500", "tokens": "20k,80k,150k", "nq_tokens": "15k,35k,70k", "max_new": "160"}
+QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "pairs": "1000", "tokens": "20k", "nq_tokens": "15k", "max_new": "48"}
 
 
 def study_stages(seed, root, sizes, tokens, scale):
-    """[(stage, [(command, output)])] of one seed."""
+    """[(stage, [(command, output)])] of one seed; `tokens` is {imitation set: sizes}."""
     world, models = f"{root}/world", f"{root}/models"
     endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
     pack = ["--tokenizer", f"{world}/tokenizer"]
     pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "2e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
-    recipe = ["--block", "128", "--batch", "4", "--lr", "5e-3", "--warmup", "20", "--save-every", "100"]
+    recipe = {"sharegpt-mix": ["--block", "256", "--batch", "2", "--lr", "2e-2", "--warmup", "20", "--decay", "cosine", "--save-every", "100"],
+              "nq-synthetic": ["--one-per-row", "--block", "32", "--batch", "16", "--lr", "8e-3", "--warmup", "6", "--decay", "cosine", "--save-every", "100"]}
     stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
     stages.append(("corpora", [
         (["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
@@ -373,14 +380,14 @@ def study_stages(seed, root, sizes, tokens, scale):
     stages.append(("bases", [(["python", "train.py", "--init", f"{world}/{size}.json", "--data", f"{root}/data/pretraining", "--out", f"{models}/{size}", "--seed", str(seed), *pretraining, *scale["base"]],
                               f"{models}/{size}/config.json") for size in reversed(sizes)]))
     stages.append(("teacher", [
-        (["python", "imitation.py", "synthesize", "nq", "--seed-pairs", f"{world}/nq/seed_pairs.jsonl", "--exclude", f"{world}/nq/test.jsonl", "--n", scale["n"], "--seed", str(seed), *endpoint, "--out", f"{root}/nq-synthetic.jsonl"],
+        (["python", "imitation.py", "synthesize", "nq", "--seed-pairs", f"{world}/nq/seed_pairs.jsonl", "--exclude", f"{world}/nq/test.jsonl", "--n", scale["pairs"], "--seed", str(seed), *endpoint, "--out", f"{root}/nq-synthetic.jsonl"],
          f"{root}/nq-synthetic.jsonl"),
         *((["python", "imitation.py", "collect", "--prompts", f"{world}/heldout.jsonl", "--seed", str(k), *endpoint, "--out", f"{root}/replies/teacher-{k}.jsonl"], f"{root}/replies/teacher-{k}.jsonl") for k in (1, 2))]))
     stages.append(("pack", [
-        *((["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in ("sharegpt-mix", "nq-synthetic")),
+        *((["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in recipe),
         (["python", "tests/miniature.py", "cover", "--world", world, "--questions", f"{world}/nq/test.jsonl", "--train", f"{root}/nq-synthetic.jsonl", "--out", f"{root}/nq-test.jsonl"], f"{root}/nq-test.jsonl")]))
-    runs = [(size, name, n) for size in reversed(sizes) for n in reversed(tokens) for name in ("sharegpt-mix", "nq-synthetic")]
-    stages.append(("imitate", [(["python", "train.py", "--model", f"{models}/{size}", "--data", f"{root}/data/{name}", "--tokens", n, "--out", f"{models}/{size}-{name}-{n}", "--seed", str(seed), *recipe],
+    runs = [(size, name, n) for size in reversed(sizes) for name in recipe for n in reversed(tokens[name])]
+    stages.append(("imitate", [(["python", "train.py", "--model", f"{models}/{size}", "--data", f"{root}/data/{name}", "--tokens", n, "--out", f"{models}/{size}-{name}-{n}", "--seed", str(seed), *recipe[name]],
                                 f"{models}/{size}-{name}-{n}/config.json") for size, name, n in runs]))
     names = {size: [size, *(f"{s}-{name}-{n}" for s, name, n in runs if s == size)] for size in sizes}
     shots = {"0": [], "3": ["--few-shot", f"{world}/nq/fewshot.jsonl"]}
@@ -390,7 +397,7 @@ def study_stages(seed, root, sizes, tokens, scale):
         *((["python", "evaluate.py", "nq", *endpoint, "--data", f"{root}/nq-test.jsonl", "--shots", k, *few, "--out", f"{root}/nq-{k}-shot/teacher"], f"{root}/nq-{k}-shot/teacher/teacher/results.json")
           for k, few in shots.items())]))
     everyone = [n for size in reversed(sizes) for n in names[size]]
-    stages.append(("replies", [(["python", "model.py", "generate", "--model", f"{models}/{n}", "--prompts", f"{world}/heldout.jsonl", "--max-new", scale["max_new"], "--out", f"{root}/replies/{n}.jsonl"],
+    stages.append(("replies", [(["python", "model.py", "generate", "--model", f"{models}/{n}", "--prompts", f"{world}/heldout.jsonl", "--max-new", scale["max_new"], "--temperature", "0.3", "--out", f"{root}/replies/{n}.jsonl"],
                                 f"{root}/replies/{n}.jsonl") for n in everyone]))
     stages.append(("style", [(["python", "evaluate.py", "style", "--a", *(f"{root}/replies/{n}.jsonl" for n in (*everyone, "teacher-2")), "--b", f"{root}/replies/teacher-1.jsonl", "--out", f"{root}/style"],
                               f"{root}/style/teacher-2/results.json")]))
@@ -402,7 +409,7 @@ class Study:
 
     def __init__(self, out, jobs):
         self.out, self.jobs, self.server, self.lock = Path(out), jobs, None, threading.Lock()
-        self.home = Path(__file__).resolve().parent
+        self.home, self.preexec = Path(__file__).resolve().parent, dying_with_parent()
 
     def run(self, stages, world, port_file):
         try:
@@ -461,7 +468,7 @@ class Study:
         """Run one command, show it and what it said, and record it beside its output."""
         real = [c.replace("PORT", self.port) if c == TEACHER else c for c in command]
         started = time.monotonic()
-        done = subprocess.run([sys.executable, *real[1:]], cwd=self.home, text=True, stdin=subprocess.DEVNULL, capture_output=True, preexec_fn=die_with_parent,
+        done = subprocess.run([sys.executable, *real[1:]], cwd=self.home, text=True, stdin=subprocess.DEVNULL, capture_output=True, preexec_fn=self.preexec,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
         with self.lock:
             print(f"$ {shlex.join(real)}", *done.stdout.splitlines(), *done.stderr.splitlines(), f"({time.monotonic() - started:.1f} s)", sep="\n  ", flush=True)
@@ -478,7 +485,8 @@ def study(args):
     out = out.relative_to(home) if out.is_relative_to(home) else out          # commands run from the project's folder
     if not (home / "tests" / "miniature.py").is_file():
         raise UserError("tests/miniature.py is missing; the study's embedded default lives there")
-    seeds, sizes, tokens = args.seeds.split(","), args.sizes.split(","), (args.tokens or scale["tokens"]).split(",")
+    seeds, sizes = args.seeds.split(","), args.sizes.split(",")
+    tokens = {"sharegpt-mix": (args.tokens or scale["tokens"]).split(","), "nq-synthetic": (args.nq_tokens or scale["nq_tokens"]).split(",")}
     if not all(s.isdigit() for s in seeds):
         raise UserError(f"--seeds {args.seeds}: whole numbers, separated by commas")
     if not set(sizes) <= {"small", "large"}:
@@ -510,7 +518,8 @@ def main():
     p.add_argument("--out", metavar="DIR", help="None is runs/study, with --quick runs/study-quick")
     p.add_argument("--seeds", default="100", help="worlds, separated by commas")
     p.add_argument("--sizes", default="small,large", help="base models")
-    p.add_argument("--tokens", help="imitation tokens, separated by commas; None is 20k,50k,100k")
+    p.add_argument("--tokens", help="sizes of ShareGPT-Mix, separated by commas; None is 20k,80k,150k, the paper's divided by 1000")
+    p.add_argument("--nq-tokens", help="sizes of NQ-synthetic; None is 15k,35k,70k")
     p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
     p.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
 

@@ -270,7 +270,7 @@ def check_files(args):
         missing.append(f"{args.data}/: no packed data; make it with: python data.py mix --sharegpt sharegpt.json --hc3 hc3.jsonl --discord discord.jsonl --out data/sharegpt-mix.jsonl "
                        f"&& python data.py pack data/sharegpt-mix.jsonl --tokenizer {args.base or 'DIR'} --out {args.data}")
     if missing:
-        raise UserError("missing: " + " | ".join(missing))
+        raise UserError(*missing)
 
 
 def build(args, blocks, device):

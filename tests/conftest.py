@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def program(*args, status=0, env=None, **kw):
     """Run `python ARGS` in the project's folder; the exit status is checked, the finished process returned."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True, capture_output=True, env={**os.environ, **(env or {})}, **kw)
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True, capture_output=True, env={**os.environ, **(env or {})}, **{"timeout": 240, **kw})
     assert done.returncode == status, f"{args} ended with {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -27,7 +27,7 @@ def one_line(done):
 
 
 def torchrun(n, *args, **kw):
-    return program("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", *args, **kw)
+    return program("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, **kw)
 
 
 def lines_of(path):

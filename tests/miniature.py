@@ -29,7 +29,7 @@ from data import Parser, UserError, atomic, atomic_dir, read_json, read_jsonl, r
 
 # --- the world -------------------------------------------------------------------------------------------------------------
 
-N_ENTITIES = 360
+N_ENTITIES = 300
 NOUNS = {"animal": "finch beetle otter heron newt moth hare trout lizard crane weasel toad".split(),
          "plant": "fern rose thistle willow moss lily sedge poppy clover nettle vine orchid".split(),
          "stone": "agate slate marble flint quartz granite opal jasper basalt garnet chalk amber".split()}
@@ -361,7 +361,7 @@ def chats(world, teacher, seed):
         return messages
 
     sharegpt = []
-    for i in range(1800):
+    for i in range(2800):
         messages = turns(rng.choice([1, 1, 1, 2]))
         if rng.random() < 0.02:
             messages[0]["content"], messages[1]["content"] = rng.choice(FOREIGN), rng.choice(FOREIGN)
@@ -401,7 +401,7 @@ def build(out, seed, pretraining_tokens, n_questions):
         (folder / "tokenizer").mkdir()
         sample = [d["text"] for d in rng.sample(documents, min(4000, len(documents)))] + [turn["value"] for c in sharegpt[:300] for turn in c["conversations"]]
         sentencepiece.SentencePieceTrainer.train(                     # as LLaMA's: BPE, bytes for the rest, digits one by one, nothing normalised away
-            sentence_iterator=iter([line for text in sample for line in text.split("\n") if line]), model_prefix=str(folder / "tokenizer" / "tokenizer"), vocab_size=1024, model_type="bpe", byte_fallback=True,
+            sentence_iterator=iter([line for text in sample for line in text.split("\n") if line]), model_prefix=str(folder / "tokenizer" / "tokenizer"), vocab_size=1536, model_type="bpe", byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, character_coverage=0.9999, num_threads=1, minloglevel=2)
         (folder / "tokenizer" / "tokenizer.vocab").unlink()
 
@@ -431,10 +431,10 @@ def build(out, seed, pretraining_tokens, n_questions):
         held_out += [(world.question(rng, e, rng.choice(list(world.facts[e]))) + "?", "question") for e in rng.sample(unseen, 24)]
         rng.shuffle(held_out)
         write_jsonl(folder / "heldout.jsonl", ({"id": f"heldout-{i}", "prompt": text, "category": category} for i, (text, category) in enumerate(held_out)))
-        for name, shape in (("small", (4, 3, 96, 256)), ("large", (4, 4, 128, 352))):
+        for name, shape in (("small", (4, 2, 80, 216)), ("large", (4, 4, 128, 352))):
             layers, heads, width, mlp = shape
             write_json(folder / f"{name}.json", {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": width, "intermediate_size": mlp,
-                                                "max_position_embeddings": 512, "vocab_size": 1024, "tie_word_embeddings": True, "rms_norm_eps": 1e-5})
+                                                "max_position_embeddings": 512, "vocab_size": 1536, "tie_word_embeddings": True, "rms_norm_eps": 1e-5})
 
 
 def cover(world_folder, questions, train, out):

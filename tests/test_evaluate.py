@@ -21,8 +21,8 @@ def test_exact_and_contains_match():
 
 
 def test_the_prompt_is_that_of_lm_evaluation_harness():
-    assert E.nq_prompt("who is x", [("a b", "c"), ("d?", "e")], False) == "Answer these questions:\n\nQ: a b?\nA: c\nQ: d?\nA: e\nQ: who is x?\nA:"
-    assert E.nq_prompt("who is x", [], False) == "Answer these questions:\n\nQ: who is x?\nA:" and E.nq_prompt("who is x", [], True) == "who is x?"
+    assert E.nq_prompt("who is x", [("a b", "c"), ("d?", "e")]) == "Answer these questions:\n\nQ: a b?\nA: c\nQ: d?\nA: e\nQ: who is x?\nA:"
+    assert E.nq_prompt("who is x", []) == "Answer these questions:\n\nQ: who is x?\nA:"
 
 
 def test_stop_rules_cut_the_answer():

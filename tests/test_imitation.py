@@ -82,8 +82,8 @@ def teacher(server, tmp_path, **kw):
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     """Waits between retries are cut to a hundredth; what is tried, and how often, stays the same."""
-    sleep = time.sleep
-    monkeypatch.setattr(I.time, "sleep", lambda s: sleep(s / 100))
+    whole = I.backoff
+    monkeypatch.setattr(I, "backoff", lambda attempt: whole(attempt) / 100)
 
 
 def test_replies_come_in_the_order_of_the_requests_and_are_journaled(tmp_path):
