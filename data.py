@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import html
 import html.parser
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -322,6 +323,75 @@ class SentencePieceTokenizer:
             shutil.copyfile(self.folder / name, Path(folder) / name)
         write_json(Path(folder) / "added_tokens.json", self.added)
 
+    def export(self, folder, template):
+        """Write what transformers, vLLM and llama.cpp's converter read beside the model's own file: tokenizer.json, tokenizer_config.json.
+
+        transformers reads a bare tokenizer.model differently, and its LlamaTokenizer class too: PreTrainedTokenizerFast takes the
+        JSON as it is. llama.cpp finds the added tokens in added_tokens_decoder.
+        """
+        self.save(folder)
+        special = {p: i for p, i in ((self.sp.id_to_piece(i), i) for i in range(self.n_base)) if self.sp.is_control(i) or self.sp.is_unknown(i)} | self.added
+        try:
+            write_json(Path(folder) / "tokenizer.json", tokenizer_json(self.sp, self.added))
+        except ValueError as e:
+            print(f"{folder}: no tokenizer.json written, transformers may read tokenizer.model differently: {e}", file=sys.stderr)
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.sp.id_to_piece(self.bos), "eos_token": self.sp.id_to_piece(self.eos), "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
+            "add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+            "added_tokens_decoder": {str(i): {"content": p, **SPECIAL_FLAGS} for p, i in special.items()}, **({"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {})})
+
+
+SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def _protobuf_fields(message):
+    """(number, value) pairs of a protobuf message: reading them by hand saves a dependency."""
+    rest = iter(message)
+
+    def varint(byte):
+        return byte if byte < 128 else byte - 128 + 128 * varint(next(rest))
+    for byte in rest:
+        number, wire = divmod(varint(byte), 8)
+        size = {1: 8, 5: 4}.get(wire) or varint(next(rest))
+        yield number, bytes(itertools.islice(rest, size)) if wire else size
+
+
+def tokenizer_json(sp, added):
+    """The tokenizer.json that gives a BPE SentencePieceProcessor's ids, with {text: id} tokens added behind its vocabulary.
+
+    ValueError names what such a file cannot express. Each text between special tokens gets the dummy prefix, as encode() gives it.
+    """
+    message = list(_protobuf_fields(sp.serialized_model_proto()))
+    trainer, normal, denormal = (dict(_protobuf_fields(dict(message).get(number, b""))) for number in (2, 3, 5))
+    types = [dict(_protobuf_fields(value)).get(3, 1) for number, value in message if number == 1]
+    pieces = [sp.id_to_piece(i) for i in range(len(types))]
+    scores = {piece: sp.get_score(i) for i, (piece, kind) in enumerate(zip(pieces, types)) if kind == 1}
+    ranked = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
+    for wrong, why in (
+            (trainer.get(3, 1) != 2, "the model is not BPE"),
+            (normal.get(2) or denormal.get(2), "it normalises text"),
+            (not normal.get(3, 1) or trainer.get(24), "it has no dummy prefix"),
+            (normal.get(4, 1), "it removes extra white space"),
+            (not normal.get(5, 1), "it does not escape white space"),
+            (set(types) - {1, 2, 3, 6}, "it has user-defined or unused pieces"),
+            ({p for p, t in zip(pieces, types) if t == 6} != {f"<0x{b:02X}>" for b in range(256)}, "it has no byte fallback"),
+            (not set("".join(scores)) <= scores.keys(), "a piece has a character that is no piece"),         # sentencepiece merges those too, a BPE over a vocabulary cannot
+            (any(a == b and len(set(p + q)) > 1 for (a, p), (b, q) in zip(ranked, ranked[1:])), "two scores are equal")):     # it merges the leftmost of equals
+        if wrong:
+            raise ValueError(why)
+    merges = [[p[:i], p[i:]] for p in scores for i in range(1, len(p)) if p[:i] in scores and p[i:] in scores]
+    merges.sort(key=lambda m: (-scores[m[0] + m[1]], -len(m[0] + m[1]), -len(m[0])))      # runs of spaces, all of one score, grow from the left
+    special = [(i, p) for i, p in enumerate(pieces) if types[i] in (2, 3)] + sorted((i, p) for p, i in added.items())
+    bos = pieces[sp.bos_id()]
+    first, second = ([{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
+    return {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
+            "added_tokens": [{"id": i, "content": text, **SPECIAL_FLAGS} for i, text in special],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "post_processor": {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}}},
+            "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()], "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                      "ignore_merges": False, "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
+
 
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or given by name)."""
@@ -345,6 +415,19 @@ def continuation(tokenizer, prompt, new):
         tail.pop(0)
     before = tokenizer.decode(tail).rstrip("\ufffd")
     return tokenizer.decode(tail + list(new))[len(before):]
+
+
+def stop_rule(tokenizer, stops):
+    """A function (index, new ids) -> True when one of the strings `stops` has just been completed, however tokens cut it."""
+    reach = max((len(s.encode()) for s in stops), default=0) + 1         # a token holds a byte at least; one more for the lost space
+    return lambda index, new: any(s in tokenizer.decode(new[-reach:]) for s in stops)
+
+
+def cut(text, stops):
+    """`text` up to the first of `stops`."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
 
 
 # --- conversations -> ids ------------------------------------------------------------------------------------------------
@@ -404,6 +487,16 @@ def render(messages, tokenizer, template, answer=False):
     else:
         raise UserError(f"unknown template {template!r}; there are tokens and koala")
     return ids, mask
+
+
+CHAT_TEMPLATES = {   # `render` once more in Jinja, for transformers and vLLM; text is parsed there, so that it can forge special tokens
+    "tokens": "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] + '\n\n' %}"
+              "{% elif m['role'] == 'user' %}{{ '<|user|>' + ns.system + m['content'] }}{% set ns.system = '' %}{% else %}{{ '<|assistant|>' + m['content'] + eos_token }}{% endif %}"
+              "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "koala": "{{ bos_token }}{% set ns = namespace(text='BEGINNING OF CONVERSATION:', system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] + '\n\n' %}"
+             "{% elif m['role'] == 'user' %}{% set ns.text = ns.text + (' ' if ns.text else '') + 'USER: ' + ns.system + m['content'] %}{% set ns.system = '' %}"
+             "{% else %}{{ ns.text + (' ' if ns.text else '') + 'GPT:' + (' ' if m['content'] else '') + m['content'] + eos_token }}{% set ns.text = '' %}{% endif %}{% endfor %}{{ ns.text }}{% if add_generation_prompt %}{{ (' ' if ns.text else '') + 'GPT:' }}{% endif %}",
+}
 
 
 def check_messages(record, where):

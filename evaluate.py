@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Parser, UserError, atomic, continuation, digest, file_hash, load_tokenizer, print_table, read_json, read_jsonl, read_replies, run, write_json, write_jsonl
+from data import Parser, UserError, atomic, continuation, cut, digest, file_hash, load_tokenizer, print_table, read_json, read_jsonl, read_replies, run, stop_rule, write_json, write_jsonl
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
@@ -81,12 +81,6 @@ def nq_prompt(question, shots):
 
 
 STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
-
-
-def cut(text, stops):
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
 
 
 def normalize_answer(text):
@@ -192,7 +186,7 @@ def each_model(args, settings):
                 print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
             ids = [i[-room:] for i in ids]
             with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
-                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=lambda i, new: any(s in tokenizer.decode(new[-6:]) for s in stops))
+                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
             return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
         yield model_card(path), folder, own, complete
 

@@ -370,7 +370,7 @@ def study_stages(seed, root, sizes, tokens, scale):
     world, models = f"{root}/world", f"{root}/models"
     endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
     pack = ["--tokenizer", f"{world}/tokenizer"]
-    pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "2e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
+    pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "4e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
     recipe = {"sharegpt-mix": ["--block", "256", "--batch", "2", "--lr", "2e-2", "--warmup", "20", "--decay", "cosine", "--save-every", "100"],
               "nq-synthetic": ["--one-per-row", "--block", "32", "--batch", "16", "--lr", "8e-3", "--warmup", "6", "--decay", "cosine", "--save-every", "100"]}
     stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]

@@ -25,8 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Parser, SPECIAL, UserError, atomic, check_messages, continuation, digest, load_tokenizer, print_table, read_json, read_prompts, render,
-                  run, write_json, write_jsonl)
+from data import (Parser, SPECIAL, UserError, atomic, check_messages, continuation, cut, digest, load_tokenizer, print_table, read_json, read_prompts,
+                  render, run, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------------
@@ -477,6 +477,78 @@ class Weights:
         return self.where[name].get(name)
 
 
+class MetaWeights:
+    """Meta's layout under the published names: params.json, and consolidated.NN.pth files that each hold a slice of every tensor.
+
+    Rows of q and k are put into the half-split order of `rotate`. Pickles are read with weights_only: code in one is refused.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.shards = []
+        for path in sorted(folder.glob("consolidated.*.pth")):
+            try:
+                self.shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            except Exception as e:                         # a truncated zip, a pickle with code in it, no pickle at all
+                raise UserError(f"{path}: not a checkpoint of plain tensors ({type(e).__name__}: {str(e).splitlines()[0][:150]})")
+        if not self.shards:
+            raise UserError(f"{folder}: no weights there (no consolidated.00.pth beside params.json)")
+        p = read_json(folder / "params.json")
+        try:
+            self.config = self._config(p, self.shards[0])
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{folder}: params.json and consolidated.00.pth are not a LLaMA's ({type(e).__name__}: {e})")
+        theirs = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+                  "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+                  "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers"}
+        self.where = {}
+        for name in published_names(self.config):
+            meta = name
+            for ours, key in theirs.items():
+                meta = meta.replace(ours, key)
+            if all(meta in shard for shard in self.shards):
+                self.where[name] = meta
+        known = {*self.where.values(), "rope.freqs", *(["output.weight"] if self.config.tied else [])}
+        self.where |= {name: name for name in self.shards[0] if name not in known}       # shown to load_weights as unexpected
+
+    def _config(self, p, first):
+        n, dim = len(self.shards), p["dim"]
+        embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
+        vocab = embedding.shape[0] * (n if embedding.shape[1] == dim and n > 1 else 1)
+        scaling = {"factor": p.get("rope_scale_factor", 8), "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192} if p.get("use_scaled_rope") else {}
+        return llama(p["n_layers"], p["n_heads"], dim, first["layers.0.feed_forward.w1.weight"].shape[0] * n, n_kv_head=p.get("n_kv_heads") or p["n_heads"], vocab_size=vocab,
+                     context=p.get("max_seq_len", 2048), norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)), rope_scaling=tuple(sorted(scaling.items())),
+                     tied=output is None or n == 1 and output.shape == embedding.shape and torch.equal(output, embedding))
+
+    def dtype(self):
+        return self.shards[0]["tok_embeddings.weight"].dtype
+
+    def shape(self, name):
+        return self.get(name).shape
+
+    def get(self, name):
+        meta = self.where[name]
+        pieces = [shard[meta] for shard in self.shards]
+        if len(pieces) == 1 or pieces[0].dim() == 1:       # norms stand in every file
+            tensor = pieces[0]
+        else:                                              # row-parallel layers are cut along their inputs, LLaMA 1's embedding along its width
+            along_inputs = meta.endswith(("wo.weight", "w2.weight")) or meta == "tok_embeddings.weight" and pieces[0].shape[1] != self.config.n_embd
+            tensor = torch.cat(pieces, int(along_inputs))
+        if meta.endswith(("wq.weight", "wk.weight")):
+            rows, width = tensor.shape
+            tensor = tensor.view(-1, self.config.head_dim // 2, 2, width).transpose(1, 2).reshape(rows, width)
+        return tensor
+
+
+def open_weights(folder):
+    """The tensors of a checkpoint folder, in either layout."""
+    return MetaWeights(folder) if is_meta(folder) else Weights(folder)
+
+
+def is_meta(folder):
+    return (Path(folder) / "params.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
 def load_weights(model, weights, where):
     """Fill `model` from published tensors; a missing, unexpected or misshapen one is an error that names it."""
     ours, c = dict(model.named_parameters()), model.config
@@ -500,8 +572,10 @@ def load_weights(model, weights, where):
 
 
 def read_config(folder):
-    """(Config, config.json as a dict) of a checkpoint folder."""
+    """(Config, config.json as a dict) of a checkpoint folder; Meta's layout has no such dict."""
     path = Path(folder) / "config.json"
+    if is_meta(folder):
+        return MetaWeights(folder).config, {}
     if not path.is_file():
         raise UserError(f"{folder}: no checkpoint there (no config.json); presets are {', '.join(PRESETS)}")
     d = read_json(path)
@@ -510,8 +584,7 @@ def read_config(folder):
 
 def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
     """A checkpoint as a model for inference; dtype None keeps the one in which it is stored."""
-    config, _ = read_config(folder)
-    weights = Weights(folder)
+    config, weights = read_config(folder)[0], open_weights(folder)
     dtype = dtype or weights.dtype()
     with torch.device("meta"):
         model = Transformer(config, dtype, attention_path)
@@ -519,13 +592,6 @@ def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
     model.frequency = rotary_frequencies(config).to(device) if config.position == "rotary" else None
     load_weights(model, weights, folder)
     return model.eval().requires_grad_(False)
-
-
-CHAT_TEMPLATES = {   # Jinja; a system message joins the query behind it, as in data.render
-    "tokens": "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] + '\n\n' %}"
-              "{% elif m['role'] == 'user' %}{{ '<|user|>' + ns.system + m['content'] }}{% set ns.system = '' %}{% else %}{{ '<|assistant|>' + m['content'] + eos_token }}{% endif %}"
-              "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-}
 
 
 def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, extra=None):
@@ -559,11 +625,7 @@ def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, e
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(math.prod(e[2]) for e in tensors) * dtype.itemsize},
                                                              "weight_map": {e[0]: file for file, shard in zip(files, shards) for e in shard}})
     if tokenizer:
-        tokenizer.save(folder)
-        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True}
-        if template in CHAT_TEMPLATES:
-            settings["chat_template"] = CHAT_TEMPLATES[template]
-        write_json(folder / "tokenizer_config.json", settings)
+        tokenizer.export(folder, template)
     write_json(folder / "config.json", {**config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch."), **({"template": template} if template else {}), **(extra or {})})
 
 
@@ -779,13 +841,37 @@ def template_of(folder, asked):
 def reply(model, tokenizer, conversations, template, args, seeds):
     """Answers to conversations: [(text, "stop" or "length")]; a bare text gets a line break before its continuation."""
     from tqdm import tqdm
-    prompts = [prompt_ids(m, tokenizer, template) for m in conversations]
-    if template == "plain":
-        prompts = [[*p, *tokenizer.encode("\n")[-1:]] for p in prompts]
+    end = "\n" if template == "plain" else ""
+    prompts = [prompt_ids([*m[:-1], {**m[-1], "content": m[-1]["content"] + end}], tokenizer, template) for m in conversations]
     with tqdm(total=len(prompts), desc="generate", unit=" replies", disable=None) as bar:
         out = generate(model, prompts, args.max_new, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seeds=seeds,
-                       eos=[tokenizer.eos], done=lambda i, ids: bar.update())
-    return [(continuation(tokenizer, p, ids), "length" if len(ids) == min(args.max_new, model.config.context - len(p)) else "stop") for p, ids in zip(prompts, out)]
+                       eos=[tokenizer.eos], done=lambda i, ids: bar.update(), stop=stop_rule(tokenizer, args.stop) if args.stop else None)
+    return [(cut(continuation(tokenizer, p, ids), args.stop), "length" if len(ids) == min(args.max_new, model.config.context - len(p)) else "stop") for p, ids in zip(prompts, out)]
+
+
+def chat(model, tokenizer, template, args):
+    """Talk to a checkpoint: replies are streamed, Ctrl-C stops one, Ctrl-D ends. Only whole characters are printed, and no control characters."""
+    messages, turn = [], 0
+    while True:
+        try:
+            messages.append({"role": "user", "content": input("> ")})
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        while len(prompt := prompt_ids(messages, tokenizer, template)) + args.max_new > model.config.context and len(messages) > 2:
+            messages = messages[2:]                        # the oldest turn leaves the context
+        shown = ""
+
+        def stream(_, new):
+            nonlocal shown
+            text = continuation(tokenizer, prompt, new).rstrip("\ufffd")      # a character whose last bytes are still to come
+            print(visible(text[len(shown):]), end="", flush=True)
+            shown = text
+            return any(s in text for s in args.stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(model, [prompt], args.max_new, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seeds=[args.seed + turn], eos=[tokenizer.eos], stop=stream)
+        print()
+        messages.append({"role": "assistant", "content": cut(shown, args.stop)})
+        turn += 1
 
 
 def info(name):
@@ -803,19 +889,25 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("info", help="shapes, parameters and FLOPs of a preset or checkpoint", example="python model.py info gpt2-xl")
     p.add_argument("model", help=f"a checkpoint folder, or {', '.join(PRESETS)}")
-    p = commands.add_parser("generate", help="a checkpoint's answers to a file of prompts", example="python model.py generate --model runs/llama7b --prompts heldout.jsonl --out replies.jsonl")
-    p.add_argument("--model", required=True, metavar="DIR")
-    p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
-    p.add_argument("--out", required=True, metavar="FILE")
-    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    add_sampling_flags(p, 0.7, 512)
-    add_device_flags(p)
+    for name, text in (("generate", "a checkpoint's answers to a file of prompts"), ("chat", "talk to a checkpoint")):
+        files = " --prompts heldout.jsonl --out replies.jsonl" if name == "generate" else ""
+        p = commands.add_parser(name, help=text, example=f"python model.py {name} --model runs/llama7b{files}")
+        p.add_argument("--model", required=True, metavar="DIR")
+        if files:
+            p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
+            p.add_argument("--out", required=True, metavar="FILE")
+        p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+        p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be given several times")
+        add_sampling_flags(p, 0.7, 512)
+        add_device_flags(p)
     args = parser.parse_args()
     if args.command == "info":
         return info(args.model)
-    prompts, device = read_prompts(args.prompts), pick_device(args.device)
+    prompts, device = read_prompts(args.prompts) if args.command == "generate" else None, pick_device(args.device)
     template, tokenizer = template_of(args.model, args.template), load_tokenizer(args.model)
     model = load(args.model, device, pick_dtype(args.dtype, device))
+    if args.command == "chat":
+        return chat(model, tokenizer, template, args)
     answers = reply(model, tokenizer, [p["messages"] for p in prompts], template, args, [int(digest(args.seed, p["id"]), 16) & (1 << 63) - 1 for p in prompts])
     write_jsonl(args.out, ({"id": p["id"], "source": str(args.model), **({"category": p["category"]} if "category" in p else {}),
                             "messages": [*p["messages"], {"role": "assistant", "content": text}], "finish": finish} for p, (text, finish) in zip(prompts, answers)))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import data
 from data import Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, load_tokenizer, locked, read_json, run, write_json
-from model import (PRESETS, Safetensors, Transformer, Weights, add_device_flags, config_from_hf, flops_per_token, load_weights, n_parameters, pick_device, pick_dtype,
+from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_device, pick_dtype,
                    published_names, read_config, rotary_frequencies, save_checkpoint, write_safetensors)
 
 
@@ -262,7 +262,7 @@ def check_files(args):
     name = Path(args.model or args.init).name
     if args.init and not Path(args.init).is_file():
         missing.append(f"{args.init}: no such config; it is a Hugging Face config.json, e.g. one from a checkpoint of that shape")
-    if args.model and not (Path(args.base) / "config.json").is_file():
+    if args.model and not (Path(args.base) / "config.json").is_file() and not is_meta(args.base):
         known = args.model in PRESETS
         missing.append(f"{args.base}/: no checkpoint" + (f"; put there the Hugging Face files of {name} (config.json, *.safetensors, tokenizer files), or name their folder with --model DIR" if known
                                                          else f"; --model takes a checkpoint folder or one of {', '.join(PRESETS)}"))
@@ -285,7 +285,7 @@ def build(args, blocks, device):
         raise UserError(f"{where} was packed with another tokenizer than {args.base} has; pack it again with --tokenizer {args.base}")
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{where} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
-    weights = Weights(args.base)
+    weights = open_weights(args.base)
     with torch.device("meta"):
         model = Transformer(config, compute)
     model.to_empty(device=device)

@@ -214,3 +214,106 @@ def test_generate_writes_replies(world, tmp_path):
     replies = data.read_replies(tmp_path / "r.jsonl")
     prompts = data.read_prompts(world / "world/heldout.jsonl")
     assert list(replies) == [p["id"] for p in prompts] and all(replies[p["id"]][0] == p["prompt"] for p in prompts)
+
+
+@pytest.fixture(params=["llama", "stories260k/hf", "miniature"])
+def exported(request, tmp_path):
+    """(our tokenizer, transformers' reading of the exported folder)."""
+    folder = request.getfixturevalue("world") / "world/tokenizer" if request.param == "miniature" else request.getfixturevalue("real") / request.param
+    ours = data.load_tokenizer(folder).add(data.SPECIAL["tokens"])
+    ours.export(tmp_path, "tokens")
+    M.write_json(tmp_path / "config.json", M.config_to_hf(M.llama(1, 1, 8, 8, vocab_size=ours.vocab_size)))
+    return ours, transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_transformers_reads_the_same_ids_from_an_exported_tokenizer(exported, real):
+    import gzip
+    ours, theirs = exported
+    texts = ["", " ", "  two  spaces ", "\n\n\t x", "naïve größe 鸭 🦆\u200d", "a\x00b", "12345 67"]
+    texts += [t for line in gzip.open(real / "humaneval/HumanEval.jsonl.gz", "rt") for t in (json.loads(line)["prompt"], json.loads(line)["canonical_solution"])]
+    for file, field in (("hc3/wiki_csai.jsonl", "chatgpt_answers"), ("nq/NQ-open.dev.jsonl", "question")):
+        texts += [t for line in list(open(real / file, encoding="utf-8"))[:800] for t in ([json.loads(line)[field]] if field == "question" else json.loads(line)[field])]
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == [ours.bos, *ids], text
+        assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == ours.decode(ids)
+
+
+CHATS = [[("user", "hello there"), ("assistant", "hi!")], [("user", "a"), ("assistant", "b\n- c"), ("user", " d ")], [("system", "be brief"), ("user", "größe?"), ("assistant", ""), ("user", "x")], [("assistant", "first"), ("user", "")]]
+
+
+@pytest.mark.parametrize("template", ["tokens", "koala"])
+def test_the_exported_chat_template_renders_the_same_ids(exported, template):
+    ours, theirs = exported
+    for turns in CHATS:
+        messages = [{"role": r, "content": c} for r, c in turns]
+        for answer in (False, True):
+            got = theirs.apply_chat_template(messages, chat_template=data.CHAT_TEMPLATES[template], add_generation_prompt=answer, tokenize=True, return_dict=False)
+            assert got == data.render(messages, ours, template, answer=answer)[0], (messages, answer)
+
+
+def test_meta_and_hugging_face_layouts_give_identical_logits(real):
+    ids = torch.randint(3, 512, (2, 60))
+    a, b = M.load(real / "stories260k/hf"), M.load(real / "stories260k/meta")
+    assert a.config == b.config and torch.equal(a.logits(ids), b.logits(ids))
+
+
+def to_meta(model, folder, n):
+    """Write `model` as Meta does, in `n` files."""
+    c = model.config
+    state = dict(model.named_parameters())
+    theirs = {"attention.q": "attention.wq", "attention.k": "attention.wk", "attention.v": "attention.wv", "attention.o": "attention.wo", "mlp.gate": "feed_forward.w1", "mlp.down": "feed_forward.w2",
+              "mlp.up": "feed_forward.w3", "attention_norm": "attention_norm", "mlp_norm": "ffn_norm", "embedding": "tok_embeddings", "norm": "norm", "head": "output"}
+    shards = [{} for _ in range(n)]
+    for name, p in state.items():
+        key = name.removeprefix("blocks.").removesuffix(".weight")
+        layer, _, part = key.partition(".") if key[0].isdigit() else ("", "", key)
+        p = p.detach()
+        if part in ("attention.q", "attention.k"):                      # half-split rows back to Meta's pairs
+            p = p.view(-1, 2, c.head_dim // 2, c.n_embd).transpose(1, 2).reshape(p.shape)
+        dim = 1 if part in ("attention.o", "mlp.down", "embedding") else 0
+        for shard, piece in zip(shards, [p] * n if p.dim() == 1 else p.chunk(n, dim)):
+            shard[(f"layers.{layer}." if layer else "") + theirs[part] + ".weight"] = piece.clone()
+    folder.mkdir()
+    for i, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps({"dim": c.n_embd, "n_layers": c.n_layer, "n_heads": c.n_head, "n_kv_heads": c.n_kv_head, "vocab_size": -1, "multiple_of": 8, "norm_eps": c.norm_eps, "max_seq_len": c.context}))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_meta_checkpoints_split_over_files_are_joined(n, tmp_path):
+    ours, _ = pair_of("llama", tmp_path / "hf")
+    to_meta(ours, tmp_path / "meta", n)
+    again = M.load(tmp_path / "meta")
+    assert again.config == ours.config
+    for (name, p), (_, q) in zip(ours.named_parameters(), again.named_parameters()):
+        assert torch.equal(p, q), name
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {BOMB}",)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
+    global BOMB
+    BOMB = tmp_path / "ran"
+    (tmp_path / "meta").mkdir()
+    torch.save({"tok_embeddings.weight": Bomb()}, tmp_path / "meta/consolidated.00.pth")
+    (tmp_path / "meta/params.json").write_text("{}")
+    assert "consolidated.00.pth: not a checkpoint of plain tensors" in one_line(program("model.py", "info", tmp_path / "meta", status=2))
+    assert not BOMB.exists()
+
+
+def test_chat_streams_whole_characters_and_remembers(real):
+    out = program("model.py", "chat", "--model", real / "stories260k/hf", "--temperature", "0", "--max-new", "12", input="Once upon a time\nThe dog\n").stdout
+    assert out.startswith("> , there was a little girl named Lily.") and out.count("> ") == 3
+
+
+def test_generation_ends_at_a_stop_text_cut_across_tokens(real):
+    folder = real / "stories260k/hf"
+    model, tokenizer = M.load(folder), data.load_tokenizer(folder)
+    for stop in ("little girl", "named L", "y. She", "ily"):
+        new = M.generate(model, [[tokenizer.bos]], 60, stop=data.stop_rule(tokenizer, [stop]))[0]
+        text = data.continuation(tokenizer, [tokenizer.bos], new)
+        assert stop in text and stop not in data.continuation(tokenizer, [tokenizer.bos], new[:-1])
