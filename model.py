@@ -5,6 +5,7 @@
 
 In this file:
     shapes           Config, the published presets, config.json
+    parallelism      one model shared by several processes, cut in the Megatron manner
     layers           linear, norms, rotary positions, attention, MLP, the Transformer
     loss             output projection and cross-entropy on the positions that carry loss, and nowhere else
     checkpoints      safetensors by hand; our parameters <-> the tensors of the published checkpoints
@@ -18,10 +19,11 @@ import json
 import math
 import mmap
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -127,6 +129,74 @@ def config_to_hf(c):
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": c.tied, "bos_token_id": c.bos, "eos_token_id": c.eos}
 
 
+# --- tensor parallelism ---------------------------------------------------------------------------------------------------
+# Shoeybi et al. 2019 (Megatron-LM): q, k, v, gate and up are cut along their outputs (each rank owns some heads, some units),
+# o and down along their inputs, the vocabulary by rows. `copy` stands where a whole activation enters a cut layer, `reduce`
+# where partial sums leave one. Copy comes after the norm, not before, or the norm's gradient would be a rank's share of it.
+# Cuts may be uneven (25 heads on 2 ranks: 12 and 13; 32,002 rows) and nothing is padded: a tensor's RMS counts in the optimizer.
+
+class _Copy(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.contiguous().clone()
+        dist.all_reduce(g, group=ctx.group)
+        return g, None
+
+
+class _Reduce(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place among the `size` that share one model; the default is a model that is not shared."""
+    rank: int = 0
+    size: int = 1
+    group: object = None
+
+    def copy(self, x):
+        return x if self.size == 1 else _Copy.apply(x, self.group)
+
+    def reduce(self, x):
+        return x if self.size == 1 else _Reduce.apply(x, self.group)
+
+    def part(self, n):
+        """This rank's range of n units (heads, rows, hidden units)."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def cut(self, c, name):
+        """(dimension, range) in which this rank holds the parameter `name` of a model of Config c; None where it holds all of it."""
+        layer, _, kind = name.rpartition(".")
+        layer = layer.rpartition(".")[2]
+        if layer in ("embedding", "head"):
+            return 0, self.part(c.vocab_size)
+        if layer in ("q", "k", "v", "o"):
+            width = c.head_dim * (c.n_head // c.n_kv_head if layer in "qo" else 1)          # query heads go with their key head
+            rows = range(self.part(c.n_kv_head).start * width, self.part(c.n_kv_head).stop * width)
+        elif layer in ("gate", "up", "down"):
+            rows = self.part(c.mlp_dim)
+        else:
+            return None
+        if layer in ("o", "down"):
+            return (1, rows) if kind == "weight" else None
+        return 0, rows
+
+
 # --- layers -------------------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
@@ -186,15 +256,28 @@ def attention(q, k, v, path="sdpa"):
     return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype) @ v
 
 
+class RowParallel(Linear):
+    """A linear layer whose inputs are shared out: the ranks' partial sums are added, the bias once, behind the sum."""
+
+    def __init__(self, n_in, n_out, bias, tp):
+        super().__init__(n_in, n_out, bias=bias)
+        self.tp = tp
+
+    def forward(self, x):
+        y = self.tp.reduce(F.linear(x, self.weight.to(x.dtype)))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
 class Attention(nn.Module):
 
-    def __init__(self, c):
+    def __init__(self, c, tp):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
-        self.k = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.v = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.o = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        kv = len(tp.part(c.n_kv_head)) * c.head_dim                                         # this rank's heads
+        self.q = Linear(c.n_embd, kv * (c.n_head // c.n_kv_head), bias=c.bias)
+        self.k = Linear(c.n_embd, kv, bias=c.bias)
+        self.v = Linear(c.n_embd, kv, bias=c.bias)
+        self.o = RowParallel(kv * (c.n_head // c.n_kv_head), c.n_embd, c.bias, tp)
 
     def forward(self, x, rotary, attend):
         B, T, _ = x.shape
@@ -206,11 +289,12 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
 
-    def __init__(self, c):
+    def __init__(self, c, tp):
         super().__init__()
-        self.gate = Linear(c.n_embd, c.mlp_dim, bias=c.bias) if c.mlp == "swiglu" else None
-        self.up = Linear(c.n_embd, c.mlp_dim, bias=c.bias)
-        self.down = Linear(c.mlp_dim, c.n_embd, bias=c.bias)
+        width = len(tp.part(c.mlp_dim))
+        self.gate = Linear(c.n_embd, width, bias=c.bias) if c.mlp == "swiglu" else None
+        self.up = Linear(c.n_embd, width, bias=c.bias)
+        self.down = RowParallel(width, c.n_embd, c.bias, tp)
 
     def forward(self, x):
         if self.gate is not None:
@@ -220,27 +304,45 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, c):
+    def __init__(self, c, tp):
         super().__init__()
-        self.attention_norm, self.attention = Norm(c), Attention(c)
-        self.mlp_norm, self.mlp = Norm(c), MLP(c)
+        self.tp = tp
+        self.attention_norm, self.attention = Norm(c), Attention(c, tp)
+        self.mlp_norm, self.mlp = Norm(c), MLP(c, tp)
 
     def forward(self, x, rotary, attend):
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.tp.copy(self.attention_norm(x)), rotary, attend)
+        return x + self.mlp(self.tp.copy(self.mlp_norm(x)))
+
+
+class Embedding(nn.Embedding):
+    """A token's vector; a rank holds some rows of the vocabulary, and the sum over ranks has every token's."""
+
+    def __init__(self, c, tp):
+        super().__init__(len(tp.part(c.vocab_size)), c.n_embd)
+        self.tp, self.first = tp, tp.part(c.vocab_size).start
+
+    def forward(self, ids):
+        if self.tp.size == 1:
+            return super().forward(ids)
+        ids = ids - self.first
+        mine = (ids >= 0) & (ids < self.num_embeddings)
+        return self.tp.reduce(super().forward(ids.where(mine, 0)) * mine[..., None])
 
 
 class Transformer(nn.Module):
     """The decoder. `compute` is the precision of activations; parameters may be float32 masters beside it."""
 
-    def __init__(self, c, compute=torch.float32, attention_path="sdpa"):
+    def __init__(self, c, compute=torch.float32, attention_path="sdpa", tp=TensorParallel()):
         super().__init__()
-        self.config, self.compute, self.attention_path = c, compute, attention_path
-        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        if tp.size > c.n_kv_head:
+            raise UserError(f"tensor parallelism over {tp.size} ranks needs as many key-value heads; the model has {c.n_kv_head}")
+        self.config, self.compute, self.attention_path, self.tp = c, compute, attention_path, tp
+        self.embedding = Embedding(c, tp)
         self.position = nn.Embedding(c.context, c.n_embd) if c.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, tp) for _ in range(c.n_layer))
         self.norm = Norm(c)
-        self.head = None if c.tied else Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head = None if c.tied else Linear(c.n_embd, len(tp.part(c.vocab_size)), bias=False)
         self.register_buffer("frequency", rotary_frequencies(c) if c.position == "rotary" else None, persistent=False)
 
     @torch.no_grad()
@@ -254,7 +356,7 @@ class Transformer(nn.Module):
 
     @property
     def output_weight(self):
-        return self.embedding.weight if self.head is None else self.head.weight             # (V, C)
+        return self.embedding.weight if self.head is None else self.head.weight             # (V, C), or this rank's rows of it
 
     def hidden(self, ids, positions=None, attend=None):
         """ids (B, T) -> the last layer's normed states (B, T, C). `attend(layer, q, k, v)` replaces causal attention (the cache)."""
@@ -279,22 +381,11 @@ class Transformer(nn.Module):
     def forward(self, ids, targets, weights):
         """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights (B, T)."""
         h, keep = self.hidden(ids), weights > 0
-        return cross_entropy(h[keep], self.output_weight, targets[keep], weights[keep])
-
-    @torch.no_grad()
-    def extend_vocabulary(self, size):
-        """Rows for added tokens, each the mean of the old rows."""
-        old = self.config.vocab_size
-        for module in filter(None, (self.embedding, self.head)):
-            mean = module.weight.float().mean(0, keepdim=True).to(module.weight)
-            module.weight = nn.Parameter(torch.cat([module.weight, mean.expand(size - old, -1)]))
-        self.embedding.num_embeddings = size
-        self.config = replace(self.config, vocab_size=size)
+        return cross_entropy(self.tp.copy(h[keep]), self.output_weight, targets[keep], weights[keep], tp=self.tp, first=self.embedding.first)
 
 
 def n_parameters(c):
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(c).parameters())
+    return sum(math.prod(shape) for shape in whole_shapes(c).values())
 
 
 def flops_per_token(c, length):
@@ -312,7 +403,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, w, chunk):
+    def forward(ctx, h, weight, targets, w, chunk, tp, first):
         need_h, need_w = ctx.needs_input_grad[:2]
         matrix = weight.to(h.dtype)
         loss = torch.zeros((), device=h.device)
@@ -320,27 +411,42 @@ class _CrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need_w else None
         for at in range(0, len(h), chunk):
             piece = slice(at, at + chunk)
-            log_p = (h[piece] @ matrix.T).float().log_softmax(-1)                           # (chunk, V)
-            target = targets[piece, None]
-            loss -= (w[piece] * log_p.gather(1, target)[:, 0]).sum()
+            z = (h[piece] @ matrix.T).float()                                               # (chunk, V)
+            target, mine = targets[piece, None] - first, w[piece, None]
+            if tp.size == 1:
+                log_p = z.log_softmax(-1)
+            else:                                                                           # no rank ever sees all of a row
+                highest = z.amax(-1, keepdim=True)
+                dist.all_reduce(highest, dist.ReduceOp.MAX, group=tp.group)
+                total = (z - highest).exp().sum(-1, keepdim=True)
+                dist.all_reduce(total, group=tp.group)
+                log_p = z - highest - total.log()
+                mine = mine * ((target >= 0) & (target < len(matrix)))                      # weight of targets in this rank's rows
+                target = target.clamp(0, len(matrix) - 1)
+            loss -= (mine * log_p.gather(1, target)).sum()
             if need_h or need_w:
-                dz = log_p.exp_().scatter_add_(1, target, log_p.new_full((1, 1), -1.0).expand(len(log_p), 1)).mul_(w[piece, None]).to(h.dtype)
+                dz = (log_p.exp_() * w[piece, None]).scatter_add_(1, target, -mine).to(h.dtype)
                 if need_h:
                     dh[piece] = dz @ matrix
                 if need_w:
                     dw += dz.T @ h[piece]
+        if tp.size > 1:
+            dist.all_reduce(loss, group=tp.group)
         ctx.save_for_backward(dh, dw)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
-        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None
+        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None, None, None
 
 
-def cross_entropy(h, weight, targets, w, chunk=4096):
-    """Σ w · cross-entropy of softmax(h weightᵀ) against targets; h (N, C), weight (V, C), targets and w (N,)."""
-    return _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])))
+def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=0):
+    """Σ w · cross-entropy of softmax(h weightᵀ) against targets; h (N, C), weight (V, C), targets and w (N,).
+
+    Under tensor parallelism `weight` is this rank's rows of the vocabulary, from row `first` on, and dh its share of the gradient.
+    """
+    return _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])), tp, first)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------------
@@ -409,7 +515,7 @@ class Safetensors:
                 if end > data:
                     raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {end} of {data}")
                 end_before = end
-            self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+            self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             self.base = 8 + length
 
     def get(self, name):
@@ -476,6 +582,11 @@ class Weights:
     def get(self, name):
         return self.where[name].get(name)
 
+    def release(self):
+        """Give the pages read so far back: a tensor of which a slice was copied does not stay in memory."""
+        for file in set(self.where.values()):
+            file.data.madvise(mmap.MADV_DONTNEED)
+
 
 class MetaWeights:
     """Meta's layout under the published names: params.json, and consolidated.NN.pth files that each hold a slice of every tensor.
@@ -539,6 +650,9 @@ class MetaWeights:
             tensor = tensor.view(-1, self.config.head_dim // 2, 2, width).transpose(1, 2).reshape(rows, width)
         return tensor
 
+    def release(self):
+        """torch's own mapping is given back with the shards."""
+
 
 def open_weights(folder):
     """The tensors of a checkpoint folder, in either layout."""
@@ -549,12 +663,21 @@ def is_meta(folder):
     return (Path(folder) / "params.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
-def load_weights(model, weights, where):
-    """Fill `model` from published tensors; a missing, unexpected or misshapen one is an error that names it."""
-    ours, c = dict(model.named_parameters()), model.config
-    names = published_names(c)
+def whole_shapes(c):
+    """{our parameter name: shape of the whole tensor} of a Config."""
+    with torch.device("meta"):
+        return {n: p.shape for n, p in Transformer(c).named_parameters()}
+
+
+def load_weights(model, weights, config, where):
+    """Fill `model` from the published tensors of a checkpoint of Config `config`, each rank reading its own slice.
+
+    Where the model has more rows of vocabulary than the checkpoint (added tokens), the new ones are the mean of the old.
+    A missing, unexpected or misshapen tensor is an error that names it.
+    """
+    ours, shapes, names = dict(model.named_parameters()), whole_shapes(config), published_names(config)
     prefix = "" if any(n in weights.where for n in names) else "transformer."      # the original GPT-2 files lack the prefix
-    ignorable = {"lm_head.weight"} if c.tied else set()
+    ignorable = {"lm_head.weight"} if config.tied else set()
     unexpected = [n for n in weights.where if prefix + n not in names and n not in ignorable and not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
     missing = [n for n in names if n.removeprefix(prefix) not in weights.where]
     for kind, list_ in (("missing", missing), ("unexpected", unexpected)):
@@ -563,12 +686,23 @@ def load_weights(model, weights, where):
     with torch.no_grad():
         for name, (parts, transposed) in names.items():
             tensor = weights.get(name.removeprefix(prefix))
-            tensor = tensor.T if transposed else tensor
-            want = (sum(ours[p].shape[0] for p in parts), *ours[parts[0]].shape[1:])
+            want = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
+            want = want[::-1] if transposed else want
             if tensor.shape != want:
-                raise UserError(f"{where}: tensor {name!r} has shape {list(weights.shape(name.removeprefix(prefix)))}, the config wants {list(want[::-1] if transposed else want)}")
-            for part, piece in zip(parts, tensor.split([ours[p].shape[0] for p in parts])):
-                ours[part].copy_(piece)
+                raise UserError(f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the config wants {list(want)}")
+            tensor = tensor.T if transposed else tensor
+            for part, piece in zip(parts, tensor.split([shapes[p][0] for p in parts])):
+                cut = model.tp.cut(model.config, part)
+                if cut is None:
+                    ours[part].copy_(piece)
+                    continue
+                dim, rows = cut
+                old = min(rows.stop, piece.shape[dim]) - rows.start                # rows that the checkpoint has
+                if old > 0:
+                    ours[part].narrow(dim, 0, old).copy_(piece.narrow(dim, rows.start, old))
+                if old < len(rows):
+                    ours[part][max(0, old):] = piece.mean(0, dtype=torch.float32).to(ours[part])
+            weights.release()
 
 
 def read_config(folder):
@@ -582,15 +716,22 @@ def read_config(folder):
     return config_from_hf(d, path), d
 
 
+def empty_model(config, device, dtype, compute, attention_path="sdpa", tp=TensorParallel()):
+    """A Transformer of parameters in `dtype` that nothing has been written into yet; nothing is allocated twice."""
+    with torch.device("meta"):
+        model = Transformer(config, compute, attention_path, tp).to(dtype)
+    model = model.to_empty(device=device)
+    if config.position == "rotary":
+        model.frequency = rotary_frequencies(config).to(device)                             # a buffer, emptied like the rest
+    return model
+
+
 def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
     """A checkpoint as a model for inference; dtype None keeps the one in which it is stored."""
     config, weights = read_config(folder)[0], open_weights(folder)
     dtype = dtype or weights.dtype()
-    with torch.device("meta"):
-        model = Transformer(config, dtype, attention_path)
-    model.to_empty(device=device).to(dtype)
-    model.frequency = rotary_frequencies(config).to(device) if config.position == "rotary" else None
-    load_weights(model, weights, folder)
+    model = empty_model(config, device, dtype, dtype, attention_path)
+    load_weights(model, weights, config, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -601,9 +742,7 @@ def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, e
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in Transformer(config).named_parameters()}
-    tensors = []
+    shapes, tensors = whole_shapes(config), []
     for name, (parts, transposed) in published_names(config).items():
         shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
         tensors.append((name, dtype, shape[::-1] if transposed else shape,
@@ -880,8 +1019,7 @@ def info(name):
     rows += [["parameters", f"{n_parameters(config):,}"], ["forward GFLOPs a token at full context", f"{flops_per_token(config, config.context) / 1e9:.2f}"],
              ["training GFLOPs a token", f"{3 * flops_per_token(config, config.context) / 1e9:.2f}"]]
     print_table([["field", name], *rows])
-    with torch.device("meta"):
-        print_table([["tensor", "shape"]] + [[n, " × ".join(map(str, p.shape))] for n, p in Transformer(config).named_parameters() if ".0." in n or "blocks" not in n])
+    print_table([["tensor", "shape"]] + [[n, " × ".join(map(str, shape))] for n, shape in whole_shapes(config).items() if ".0." in n or "blocks" not in n])
 
 
 def main():

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ import torch.distributed as dist
 
 import data
 from data import Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, load_tokenizer, locked, read_json, run, write_json
-from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_device, pick_dtype,
-                   published_names, read_config, rotary_frequencies, save_checkpoint, write_safetensors)
+from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_device, pick_dtype,
+                   published_names, read_config, save_checkpoint, write_safetensors)
 
 
 # --- recipe ---------------------------------------------------------------------------------------------------------------
@@ -286,13 +287,8 @@ def build(args, blocks, device):
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{where} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
     weights = open_weights(args.base)
-    with torch.device("meta"):
-        model = Transformer(config, compute)
-    model.to_empty(device=device)
-    model.frequency = rotary_frequencies(config).to(device) if config.position == "rotary" else None
-    load_weights(model, weights, args.base)
-    if tokenizer.vocab_size > config.vocab_size:
-        model.extend_vocabulary(tokenizer.vocab_size)
+    model = empty_model(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), device, torch.float32, compute)
+    load_weights(model, weights, config, args.base)
     return model, tokenizer, weights.dtype()
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import transformers
 
 import data
 import model as M
-from conftest import one_line, program
+from conftest import one_line, program, torchrun
 
 transformers.logging.set_verbosity_error()
 torch.manual_seed(0)
@@ -154,12 +155,61 @@ def test_fused_cross_entropy_and_its_gradients(n, chunk):
 
 
 def test_new_rows_are_the_mean_of_the_old(tmp_path):
-    model = pair_of("llama", tmp_path)[0]
-    before = model.embedding.weight.detach().clone(), model.head.weight.detach().clone()
-    model.extend_vocabulary(103)
-    for old, new in zip(before, (model.embedding.weight, model.head.weight)):
+    ours, _ = pair_of("llama", tmp_path)
+    model = M.empty_model(dataclasses.replace(ours.config, vocab_size=103), "cpu", torch.float32, torch.float32)
+    M.load_weights(model, M.Weights(tmp_path), ours.config, tmp_path)
+    for old, new in ((ours.embedding.weight, model.embedding.weight), (ours.head.weight, model.head.weight)):
         assert torch.equal(new[:101], old) and torch.allclose(new[101:], old.mean(0).expand(2, -1), atol=1e-6)
     assert model.logits(torch.tensor([[102]])).shape[-1] == 103
+
+
+@pytest.mark.parametrize("name, size", [("llama", 2), ("llama", 4), ("llama, grouped queries", 2), ("gpt2, odd", 2), ("gpt2, odd", 5)])
+def test_each_rank_reads_its_own_slice_and_together_they_are_the_whole(name, size, tmp_path):
+    ours, _ = pair_of(name, tmp_path)
+    wanted, config = dict(ours.named_parameters()), dataclasses.replace(ours.config, vocab_size=104)
+    slices = []
+    for rank in range(size):
+        model = M.empty_model(config, "cpu", torch.float32, torch.float32, tp=M.TensorParallel(rank, size))
+        M.load_weights(model, M.Weights(tmp_path), ours.config, tmp_path)
+        slices.append(dict(model.named_parameters()))
+    for n, p in wanted.items():
+        cut = M.TensorParallel(0, size).cut(config, n)
+        joined = slices[0][n] if cut is None else torch.cat([s[n] for s in slices], cut[0])
+        assert torch.equal(joined[:len(p)], p), n
+        assert len(joined) == (104 if "embedding" in n or "head" in n else len(p)) and torch.allclose(joined[len(p):], p.mean(0), atol=1e-6)
+
+
+TP_SCRIPT = """
+import sys; sys.path.insert(0, '.')
+import torch, torch.distributed as dist, model as M
+dist.init_process_group("gloo")
+folder, tp = sys.argv[1], M.TensorParallel(dist.get_rank(), dist.get_world_size())
+config = M.read_config(folder)[0]
+model = M.empty_model(config, "cpu", torch.float32, torch.float32, tp=tp)
+M.load_weights(model, M.open_weights(folder), config, folder)
+torch.manual_seed(0)
+ids, targets, w = torch.randint(0, config.vocab_size, (3, 20)), torch.randint(0, config.vocab_size, (3, 20)), torch.rand(3, 20) * (torch.rand(3, 20) > 0.4)
+loss = model(ids, targets, w)
+loss.backward()
+whole = M.load(folder).requires_grad_(True)
+reference = whole(ids, targets, w)
+reference.backward()
+assert torch.allclose(loss, reference, rtol=1e-5), (loss, reference)
+ours = dict(model.named_parameters())
+for n, p in whole.named_parameters():
+    cut = tp.cut(config, n)
+    g = p.grad if cut is None else p.grad.narrow(cut[0], cut[1].start, len(cut[1]))
+    assert torch.allclose(ours[n].grad, g, atol=1e-5, rtol=1e-3), (n, (ours[n].grad - g).abs().max())
+"""
+
+
+@pytest.mark.parametrize("name, size", [("llama, grouped queries", 2), ("gpt2, odd", 2), ("real", 4)])
+def test_tensor_parallel_loss_and_gradients_are_those_of_one_process(name, size, tmp_path, request):
+    folder = request.getfixturevalue("real") / "stories260k/hf" if name == "real" else tmp_path
+    if name != "real":
+        pair_of(name, tmp_path)
+    (tmp_path / "script.py").write_text(TP_SCRIPT)
+    torchrun(size, tmp_path / "script.py", folder)
 
 
 def broken(tmp_path, change):
