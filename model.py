@@ -6,6 +6,7 @@
 In this file:
     shapes           Config, the published presets, config.json
     parallelism      one model shared by several processes, cut in the Megatron manner
+    attention kernel forward and backward in Triton, in tiles, conversation boundaries skipped
     layers           linear, norms, rotary positions, attention, MLP, the Transformer
     loss             output projection and cross-entropy on the positions that carry loss, and nowhere else
     checkpoints      safetensors by hand; our parameters <-> the tensors of the published checkpoints
@@ -26,6 +27,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                        # optional: only the path `triton` of attention needs it
+    triton = None
 
 from data import (Parser, SPECIAL, UserError, atomic, check_messages, continuation, cut, digest, load_tokenizer, print_table, read_json, read_prompts,
                   render, run, stop_rule, visible, write_json, write_jsonl)
@@ -197,6 +205,176 @@ class TensorParallel:
         return 0, rows
 
 
+# --- the attention kernel -------------------------------------------------------------------------------------------------
+# Dao et al. 2022 and 2023 (FlashAttention), Milakov & Gimelshein 2018 (the online softmax).
+# Query t sees the keys start(t) … t, so a (BLOCK_M, BLOCK_N) tile of scores is invisible, seen whole, or cut by an edge of the
+# mask. start(t) never decreases: along a row or a column of tiles come the ones cut by one edge, the whole ones, and the ones
+# cut by the other edge. Every kernel walks these three phases; only the outer two pay for masks, invisible tiles are not read.
+
+if triton:
+    @triton.jit
+    def _load(X, stride, b, h, t, T, D: tl.constexpr, CHECK: tl.constexpr):
+        """X[b, h, t, :] -> (len(t), D); CHECK: zeros from T on."""
+        at = X + b * stride[0] + h * stride[1] + t[:, None] * stride[2] + tl.arange(0, D)[None, :] * stride[3]
+        return tl.load(at, mask=t[:, None] < T, other=0.0) if CHECK else tl.load(at)
+
+    @triton.jit
+    def _store(X, stride, b, h, t, T, D: tl.constexpr, x):
+        at = X + b * stride[0] + h * stride[1] + t[:, None] * stride[2] + tl.arange(0, D)[None, :] * stride[3]
+        tl.store(at, x.to(X.dtype.element_ty), mask=t[:, None] < T)
+
+    @triton.jit
+    def _key_phases(starts, m0, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Where the key tiles of the queries m0 … m0 + BLOCK_M - 1 begin, are seen whole, meet the diagonal, end."""
+        end = tl.minimum(m0 + BLOCK_M, T)
+        first, last = tl.load(starts + m0), tl.load(starts + end - 1)
+        diagonal = m0 // BLOCK_N * BLOCK_N
+        return first // BLOCK_N * BLOCK_N, tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, diagonal), diagonal, end
+
+    @triton.jit
+    def _query_phases(ends, n0, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Where the query tiles of the keys n0 … n0 + BLOCK_N - 1 begin, are past the diagonal, no longer see all of them, end."""
+        first, last = tl.load(ends + n0) + 1, tl.load(ends + tl.minimum(n0 + BLOCK_N, T) - 1) + 1
+        whole = tl.minimum(tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M, last)
+        return n0 // BLOCK_M * BLOCK_M, whole, tl.maximum(first // BLOCK_M * BLOCK_M, whole), last
+
+    @triton.jit
+    def _forward_kernel(Q, K, V, O, LSE, STARTS, q_stride, k_stride, v_stride, o_stride, scale, T, H, GROUP,
+                        D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M                      # the long rows first: a short tail
+        b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H    # int64: b * stride may pass 2³¹
+        m = m0 + tl.arange(0, BLOCK_M)
+        start = tl.load(STARTS + b * T + m, mask=m < T, other=0)
+        q = _load(Q, q_stride, b, h, m, T, D, True)
+        row_max = tl.full([BLOCK_M], -1e30, tl.float32)          # finite: a row that has seen no key yet must not give inf - inf
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        o = tl.zeros([BLOCK_M, D], tl.float32)
+        phases = _key_phases(STARTS + b * T, m0, T, BLOCK_M, BLOCK_N)
+        for phase in tl.static_range(3):
+            for n0 in range(phases[phase], phases[phase + 1], BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                k = _load(K, k_stride, b, h // GROUP, n, T, D, phase != 1)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee")                      # (BLOCK_M, BLOCK_N)
+                if phase != 1:
+                    s = tl.where((start[:, None] <= n[None, :]) & (n[None, :] <= m[:, None]), s, -float("inf"))
+                new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+                p = tl.exp2(s * scale - new_max[:, None])
+                shrink = tl.exp2(row_max - new_max)
+                row_max, row_sum = new_max, row_sum * shrink + tl.sum(p, 1)
+                v = _load(V, v_stride, b, h // GROUP, n, T, D, phase != 1)
+                o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        _store(O, o_stride, b, h, m, T, D, o / row_sum[:, None])
+        tl.store(LSE + (b * H + h) * T + m, row_max + tl.log2(row_sum), mask=m < T)
+
+    @triton.jit
+    def _dq_kernel(Q, K, V, O, DO, DQ, LSE, DELTA, STARTS, q_stride, k_stride, v_stride, o_stride, do_stride, dq_stride, scale, T, H, GROUP,
+                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+        b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
+        m = m0 + tl.arange(0, BLOCK_M)
+        start = tl.load(STARTS + b * T + m, mask=m < T, other=0)
+        q = _load(Q, q_stride, b, h, m, T, D, True)
+        do = _load(DO, do_stride, b, h, m, T, D, True)
+        delta = tl.sum(do.to(tl.float32) * _load(O, o_stride, b, h, m, T, D, True).to(tl.float32), 1)
+        tl.store(DELTA + (b * H + h) * T + m, delta, mask=m < T)                        # for _dkdv_kernel, which runs next
+        lse = tl.load(LSE + (b * H + h) * T + m, mask=m < T, other=0.0)
+        dq = tl.zeros([BLOCK_M, D], tl.float32)
+        phases = _key_phases(STARTS + b * T, m0, T, BLOCK_M, BLOCK_N)
+        for phase in tl.static_range(3):
+            for n0 in range(phases[phase], phases[phase + 1], BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                k = _load(K, k_stride, b, h // GROUP, n, T, D, phase != 1)
+                v = _load(V, v_stride, b, h // GROUP, n, T, D, phase != 1)
+                p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+                if phase != 1:
+                    p = tl.where((start[:, None] <= n[None, :]) & (n[None, :] <= m[:, None]), p, 0.0)
+                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        _store(DQ, dq_stride, b, h, m, T, D, dq * (scale * 0.6931471805599453))         # scale without its log2(e)
+
+    @triton.jit
+    def _dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, ENDS, q_stride, k_stride, v_stride, do_stride, dk_stride, dv_stride, scale, T, H, GROUP,
+                     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        n0 = tl.program_id(0) * BLOCK_N
+        KV = H // GROUP
+        b, kv = tl.program_id(1).to(tl.int64) // KV, tl.program_id(1).to(tl.int64) % KV
+        n = n0 + tl.arange(0, BLOCK_N)
+        end = tl.load(ENDS + b * T + n, mask=n < T, other=0)
+        k = _load(K, k_stride, b, kv, n, T, D, True)
+        v = _load(V, v_stride, b, kv, n, T, D, True)
+        dk = tl.zeros([BLOCK_N, D], tl.float32)
+        dv = tl.zeros([BLOCK_N, D], tl.float32)
+        phases = _query_phases(ENDS + b * T, n0, T, BLOCK_M, BLOCK_N)
+        for h in range(kv * GROUP, kv * GROUP + GROUP):         # the query heads that this key head serves
+            for phase in tl.static_range(3):
+                for m0 in range(phases[phase], phases[phase + 1], BLOCK_M):
+                    m = m0 + tl.arange(0, BLOCK_M)
+                    q = _load(Q, q_stride, b, h, m, T, D, phase != 1)
+                    do = _load(DO, do_stride, b, h, m, T, D, phase != 1)
+                    lse = tl.load(LSE + (b * H + h) * T + m, mask=m < T, other=0.0)
+                    delta = tl.load(DELTA + (b * H + h) * T + m, mask=m < T, other=0.0)
+                    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])    # transposed: (BLOCK_N, BLOCK_M)
+                    if phase != 1:
+                        p = tl.where((n[:, None] <= m[None, :]) & (m[None, :] <= end[:, None]), p, 0.0)
+                    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        _store(DK, dk_stride, b, kv, n, T, D, dk * (scale * 0.6931471805599453))
+        _store(DV, dv_stride, b, kv, n, T, D, dv)
+
+
+def _tiles(D, dtype):
+    """Tiles of the three kernels, (rows of the accumulator, rows per step of the loop) and how they are launched."""
+    if dtype == torch.float32:                                  # exact products, no tensor cores: small tiles for the registers
+        return [(32, 32, dict(num_warps=8, num_stages=1))] * 3
+    if D <= 64:
+        return (128, 64, dict(num_warps=4, num_stages=3)), (128, 64, dict(num_warps=8, num_stages=3)), (128, 64, dict(num_warps=8, num_stages=3))
+    return (128, 64, dict(num_warps=8, num_stages=3)), (128, 64, dict(num_warps=8, num_stages=2)), (128, 64, dict(num_warps=8, num_stages=2))
+
+
+class _FlashAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, q, k, v, starts):
+        (B, H, T, D), GROUP = q.shape, q.shape[1] // k.shape[1]
+        BLOCK_M, BLOCK_N, launch = _tiles(D, q.dtype)[0]
+        o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)         # lse: log2 of the sum of the rows' exponentials
+        _forward_kernel[triton.cdiv(T, BLOCK_M), B * H](q, k, v, o, lse, starts, q.stride(), k.stride(), v.stride(), o.stride(), math.log2(math.e) * D ** -0.5, T, H, GROUP,
+                                                        D, BLOCK_M, BLOCK_N, **launch)
+        ctx.save_for_backward(q, k, v, o, lse, starts)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, starts = ctx.saved_tensors
+        (B, H, T, D), KV, scale = q.shape, k.shape[1], math.log2(math.e) * q.shape[-1] ** -0.5
+        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        _, (BLOCK_M, BLOCK_N, launch), (BLOCK_K, BLOCK_Q, launch_kv) = _tiles(D, q.dtype)
+        _dq_kernel[triton.cdiv(T, BLOCK_M), B * H](q, k, v, o, do, dq, lse, delta, starts, q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(),
+                                                   scale, T, H, H // KV, D, BLOCK_M, BLOCK_N, **launch)
+        t = torch.arange(T, dtype=torch.int32, device=q.device).repeat(B, 1)
+        ends = torch.searchsorted(starts, t, right=True, out_int32=True) - 1            # (B, T): the last query that sees each key
+        _dkdv_kernel[triton.cdiv(T, BLOCK_K), B * KV](q, k, v, do, dk, dv, lse, delta, ends, q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
+                                                      scale, T, H, H // KV, D, BLOCK_Q, BLOCK_K, **launch_kv)
+        return dq, dk, dv, None
+
+
+def flash_attention(q, k, v, starts=None):
+    """Causal attention without a (T, T) matrix, q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); D is 16, 32, 64 or 128.
+
+    Each key head serves H / KV query heads. starts (B, T), int32, nondecreasing, starts[b, t] <= t: the first position that t sees,
+    where its conversation begins in a packed stream; None: 0 everywhere.
+    """
+    if triton is None:
+        raise UserError("--attention triton needs the package triton: pip install triton")
+    if q.shape[-1] not in (16, 32, 64, 128) or q.shape[1] % k.shape[1]:
+        raise UserError(f"--attention triton: q {tuple(q.shape)}, k {tuple(k.shape)}: needs a head size of 16, 32, 64 or 128 and H a multiple of KV")
+    if starts is None:
+        starts = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device)
+    return _FlashAttention.apply(q, k, v, starts.contiguous())
+
+
 # --- layers -------------------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
@@ -245,15 +423,29 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attention(q, k, v, path="sdpa"):
-    """Causal attention, q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); each key head serves H / KV query heads."""
-    if path == "sdpa":
+def attention(q, k, v, path="sdpa", starts=None):
+    """Causal attention, q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); each key head serves H / KV query heads.
+
+    starts (B, T), int32: the first position that each position sees, where its conversation begins; None: 0 everywhere.
+    `eager` is the reference, `sdpa` torch's, `triton` the kernel above, which skips what `starts` hides.
+    """
+    if path == "triton":
+        return flash_attention(q, k, v, starts)
+    if path == "sdpa" and starts is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    t = torch.arange(q.shape[2], device=q.device)
+    visible = (t <= t[:, None])[None] if starts is None else (t <= t[:, None]) & (t >= starts[:, :, None])       # (B or 1, T, T)
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                        # (B, H, T, T)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype) @ v
+    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).to(q.dtype) @ v
+
+
+def pick_attention(name, device, doc_mask):
+    """auto: the kernel where it pays, for conversation boundaries on a GPU; else torch's."""
+    return name if name != "auto" else "triton" if doc_mask and device.type == "cuda" and triton else "sdpa"
 
 
 class RowParallel(Linear):
@@ -358,7 +550,7 @@ class Transformer(nn.Module):
     def output_weight(self):
         return self.embedding.weight if self.head is None else self.head.weight             # (V, C), or this rank's rows of it
 
-    def hidden(self, ids, positions=None, attend=None):
+    def hidden(self, ids, positions=None, attend=None, starts=None):
         """ids (B, T) -> the last layer's normed states (B, T, C). `attend(layer, q, k, v)` replaces causal attention (the cache)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
@@ -371,16 +563,16 @@ class Transformer(nn.Module):
             angle = angle if angle.dim() == 2 else angle[:, None]                           # one for all heads
             rotary = angle.cos().to(self.compute), angle.sin().to(self.compute)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else (lambda q, k, v: attention(q, k, v, self.attention_path)))
+            x = block(x, rotary, (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else (lambda q, k, v: attention(q, k, v, self.attention_path, starts)))
         return self.norm(x)
 
     def logits(self, ids):
         """(B, T, V) in float32: for tests and small inputs; training and generation never build it."""
         return F.linear(self.hidden(ids), self.output_weight.to(self.compute)).float()
 
-    def forward(self, ids, targets, weights):
-        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights (B, T)."""
-        h, keep = self.hidden(ids), weights > 0
+    def forward(self, ids, targets, weights, starts=None):
+        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T)."""
+        h, keep = self.hidden(ids, starts=starts), weights > 0
         return cross_entropy(self.tp.copy(h[keep]), self.output_weight, targets[keep], weights[keep], tp=self.tp, first=self.embedding.first)
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import data
 from data import Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, load_tokenizer, locked, read_json, run, write_json
-from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_device, pick_dtype,
+from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_attention, pick_device, pick_dtype,
                    published_names, read_config, save_checkpoint, write_safetensors)
 
 
@@ -55,6 +55,8 @@ def parse_args():
     p.add_argument("--end-lr", type=float, default=0.0, help="where --decay cosine or linear ends")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="decoupled; not stated in the paper, EasyLM's default")
     p.add_argument("--clip", type=float, default=1.0, help="global gradient norm; not stated in the paper, EasyLM's default")
+    p.add_argument("--attention", choices=["auto", "eager", "sdpa", "triton"], default="auto", help="auto is torch's sdpa, and the Triton kernel for --doc-mask on a GPU")
+    p.add_argument("--doc-mask", action="store_true", help="no attention across conversations in a block; off in the paper's code")
     p.add_argument("--loss-norm", choices=["row", "token"], default="row", help="row: mean over blocks of each block's mean (EasyLM); token: mean over loss tokens")
     p.add_argument("--seed", type=int, default=0, help="of the order of blocks, and of the weights with --init")
     p.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="resumable state; 0 only at the end")
@@ -114,6 +116,16 @@ class Blocks:
         pieces = [(self.packed.row if self.one_per_row else self.packed.block)(i, self.block) for i in rows]
         return tuple(np.stack(x) for x in zip(*pieces)) if pieces else tuple(np.zeros((0, self.block), np.uint8) for _ in range(3))
 
+    def conversation_starts(self, rows):
+        """For each position of each block, where its conversation begins in the block: (rows, block), int32."""
+        out = np.zeros((len(rows), self.block), np.int32)
+        if not self.one_per_row:
+            for row, i in zip(out, rows):
+                starts = self.packed.starts[slice(*np.searchsorted(self.packed.starts, [i * self.block, (i + 1) * self.block]))] - i * self.block
+                row[starts] = starts
+                np.maximum.accumulate(row, out=row)
+        return out
+
 
 def loss_weights(mask, norm):
     """Weight of each target so that Σ weights · loss is the batch's loss; mask (rows, block) of the GLOBAL batch.
@@ -128,7 +140,7 @@ def loss_weights(mask, norm):
 
 
 def share(args, blocks, step, rank, world):
-    """This rank's part of a step: a list of micro-batches (ids, targets, weights), and the global counts of tokens.
+    """This rank's part of a step: a list of micro-batches (ids, targets, weights, with --doc-mask starts), and the global counts of tokens.
 
     Every rank gets equally many micro-batches of equally many rows; where rows run out, rows of weight 0 stand in.
     """
@@ -141,9 +153,8 @@ def share(args, blocks, step, rank, world):
     each = -(-len(rows) // world)
     micro = min(args.micro_batch or each, each)
     padding = -(-each // micro) * micro - len(mine)
-    ids, targets = (np.pad(x.astype(np.int64), ((0, padding), (0, 0))) for x in (ids, targets))
-    weights = np.pad(weights, ((0, padding), (0, 0)))
-    tensors = [torch.from_numpy(x) for x in (ids, targets, weights)]
+    arrays = [ids.astype(np.int64), targets.astype(np.int64), weights, *([blocks.conversation_starts(mine)] if args.doc_mask else [])]
+    tensors = [torch.from_numpy(np.pad(x, ((0, padding), (0, 0)))) for x in arrays]
     return list(zip(*(t.split(micro) for t in tensors))), len(rows) * blocks.block, int(mask.sum())
 
 
@@ -277,17 +288,17 @@ def check_files(args):
 def build(args, blocks, device):
     """The model (float32 masters), its tokenizer, and the dtype in which its final weights are written."""
     tokenizer, where = blocks.packed.tokenizer(), Path(args.data)
-    compute = pick_dtype(args.dtype, device)
+    compute, path = pick_dtype(args.dtype, device), pick_attention(args.attention, device, args.doc_mask)
     if args.init:
         config = config_from_hf({**read_json(args.init), "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}, args.init)
-        return Transformer(config, compute).initialize(args.seed).to(device), tokenizer, torch.float32
+        return Transformer(config, compute, path).initialize(args.seed).to(device), tokenizer, torch.float32
     config, _ = read_config(args.base)
     if (Path(args.base) / "tokenizer.model").is_file() and load_tokenizer(args.base).base_hash != tokenizer.base_hash:
         raise UserError(f"{where} was packed with another tokenizer than {args.base} has; pack it again with --tokenizer {args.base}")
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{where} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
     weights = open_weights(args.base)
-    model = empty_model(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), device, torch.float32, compute)
+    model = empty_model(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), device, torch.float32, compute, path)
     load_weights(model, weights, config, args.base)
     return model, tokenizer, weights.dtype()
 

@@ -65,12 +65,12 @@ def test_accumulation_and_ranks_share_one_batch_exactly(norm, world):
     mistaken = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert norm == "row" or not torch.allclose(whole, mistaken, atol=1e-4)
 
-    args = type("Args", (), dict(seed=0, batch=8, micro_batch=2, loss_norm=norm))
+    args = type("Args", (), dict(seed=0, batch=8, micro_batch=2, loss_norm=norm, doc_mask=False))
     blocks = T.Blocks(world / "chat", 64, 4000)
     (one, n_tokens, n_loss) = T.share(args, blocks, 3, 0, 1)
     both = [T.share(args, blocks, 3, r, 3) for r in range(3)]
     assert all((t, l) == (n_tokens, n_loss) for _, t, l in both) and len({len(m) for m, _, _ in both}) == 1
-    total = lambda parts: sorted((int(i.sum()), round(float(w.sum()), 6)) for ids_, _, ws in parts for i, w in zip(ids_, ws) if w.any())
+    total = lambda parts: sorted((int(i.sum()), round(float(w.sum()), 6)) for ids_, _, ws, *_ in parts for i, w in zip(ids_, ws) if w.any())
     assert total(one) == total([b for m, _, _ in both for b in m])
 
 
@@ -138,6 +138,14 @@ def test_the_order_of_blocks_is_a_permutation_and_subsets_are_nested(world):
     assert sorted(rows) == list(range(blocks.n)) and rows != sorted(rows)
     assert blocks.n == 62 and T.Blocks(world / "chat", 64, 8000).n == 125
     assert (blocks.read([61])[0] == T.Blocks(world / "chat", 64, 8000).read([61])[0]).all()
+
+
+def test_conversation_starts_are_those_of_the_stream(world):
+    blocks = T.Blocks(world / "chat", 64, 4000)
+    starts = set(blocks.packed.starts.tolist())
+    for i, row in zip((0, 7, 61), blocks.conversation_starts([0, 7, 61])):
+        want = [max([0] + [s - i * 64 for s in range(i * 64, i * 64 + t + 1) if s in starts]) for t in range(64)]
+        assert row.tolist() == want
 
 
 def test_one_conversation_a_row(world):
