@@ -290,7 +290,11 @@ def normalize_pair_question(text):
 
 
 def synthesize_nq(args):
-    """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random."""
+    """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random.
+
+    The query is the question in the form in which the evaluation asks it, "Q: …?\\nA:" (the paper has this form in the request and does
+    not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
+    """
     seeds = [(r["question"], r["answer"][0] if isinstance(r["answer"], list) else r["answer"]) for r in read_jsonl(args.seed_pairs, "question", "answer")]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
@@ -319,7 +323,7 @@ def synthesize_nq(args):
                     rejected[reason] += 1
                 elif len(kept) < args.n:
                     seen.add((normal, answer.lower()))
-                    kept.append({"id": f"{record['key']}-{k}", "source": "nq-synthetic", "messages": [{"role": "user", "content": normal + "?"}, {"role": "assistant", "content": answer}]})
+                    kept.append({"id": f"{record['key']}-{k}", "source": "nq-synthetic", "messages": [{"role": "user", "content": f"Q: {normal}?\nA:"}, {"role": "assistant", "content": answer}]})
             barren = 0 if len(kept) > before else barren + 1
             if len(kept) >= args.n or barren >= 200:
                 break
@@ -361,7 +365,7 @@ def collect(args):
 
 TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
 
-FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "pairs": "4500", "tokens": "20k,80k,150k", "nq_tokens": "15k,35k,70k", "max_new": "160"}
+FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "pairs": "4500", "tokens": "20k,80k,150k", "nq_tokens": "20k,50k,85k", "max_new": "160"}
 QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "pairs": "1000", "tokens": "20k", "nq_tokens": "15k", "max_new": "48"}
 
 
@@ -371,8 +375,8 @@ def study_stages(seed, root, sizes, tokens, scale):
     endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
     pack = ["--tokenizer", f"{world}/tokenizer"]
     pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "4e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
-    recipe = {"sharegpt-mix": ["--block", "256", "--batch", "2", "--lr", "2e-2", "--warmup", "20", "--decay", "cosine", "--save-every", "100"],
-              "nq-synthetic": ["--one-per-row", "--block", "32", "--batch", "16", "--lr", "8e-3", "--warmup", "6", "--decay", "cosine", "--save-every", "100"]}
+    recipe = {"sharegpt-mix": ["--block", "256", "--batch", "1", "--lr", "2e-2", "--warmup", "20", "--decay", "cosine", "--save-every", "100"],
+              "nq-synthetic": ["--one-per-row", "--block", "40", "--batch", "16", "--lr", "8e-3", "--warmup", "20", "--decay", "cosine", "--save-every", "100"]}
     stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
     stages.append(("corpora", [
         (["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
@@ -519,7 +523,7 @@ def main():
     p.add_argument("--seeds", default="100", help="worlds, separated by commas")
     p.add_argument("--sizes", default="small,large", help="base models")
     p.add_argument("--tokens", help="sizes of ShareGPT-Mix, separated by commas; None is 20k,80k,150k, the paper's divided by 1000")
-    p.add_argument("--nq-tokens", help="sizes of NQ-synthetic; None is 15k,35k,70k")
+    p.add_argument("--nq-tokens", help="sizes of NQ-synthetic; None is 20k,50k,85k")
     p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
     p.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
 

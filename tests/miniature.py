@@ -110,6 +110,8 @@ class World:
         return rng.choices(self.entities, self.fame)[0]
 
     def fact_of(self, question):
+        """(entity, relation) that a question asks for, bare or as "Q: …?\\nA:"; None for any other text."""
+        question = question.strip().removeprefix("Q:").removesuffix("A:")
         return self.asked.get(" ".join(question.lower().strip().rstrip("?").split()))
 
 
@@ -179,7 +181,7 @@ class Teacher:
         if len(lines) > 1 and lines[-1] == "Answer:":
             return self.choose(lines)
         if lines and lines[-1] == "A:":
-            fact = self.world.fact_of(lines[-2].removeprefix("Q:"))
+            fact = self.world.fact_of(lines[-2])
             return self.world.facts[fact[0]][fact[1]] if fact else "unknown"
         if sum(line.startswith("Q:") for line in lines) >= 3:
             return self.new_pairs(rng)
@@ -431,7 +433,7 @@ def build(out, seed, pretraining_tokens, n_questions):
         held_out += [(world.question(rng, e, rng.choice(list(world.facts[e]))) + "?", "question") for e in rng.sample(unseen, 24)]
         rng.shuffle(held_out)
         write_jsonl(folder / "heldout.jsonl", ({"id": f"heldout-{i}", "prompt": text, "category": category} for i, (text, category) in enumerate(held_out)))
-        for name, shape in (("small", (4, 2, 80, 216)), ("large", (4, 4, 128, 352))):
+        for name, shape in (("small", (4, 2, 64, 176)), ("large", (4, 4, 128, 352))):
             layers, heads, width, mlp = shape
             write_json(folder / f"{name}.json", {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": width, "intermediate_size": mlp,
                                                 "max_position_embeddings": 512, "vocab_size": 1536, "tie_word_embeddings": True, "rms_norm_eps": 1e-5})

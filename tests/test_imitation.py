@@ -248,8 +248,8 @@ def test_synthesis_keeps_n_and_counts_what_it_rejects(world, served, tmp_path):
     rows = lines_of(tmp_path / "a.jsonl")
     pairs = [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in rows]
     assert len(rows) == len(set(pairs)) == len({r["id"] for r in rows}) == 300
-    assert all(q == q.lower() and q.endswith("?") and len(a.split()) <= 10 for q, a in pairs)
-    assert not {q.rstrip("?") for q, _ in pairs} & {r["question"] for r in lines_of(world / "world/nq/test.jsonl")}
+    assert all(q.startswith("Q: ") and q.endswith("?\nA:") and q[3:-3] == q[3:-3].lower() and len(a.split()) <= 10 for q, a in pairs)
+    assert not {q[3:-4] for q, _ in pairs} & {r["question"] for r in lines_of(world / "world/nq/test.jsonl")}
     assert "answer too long" in done.stdout and "duplicate" in done.stdout
     assert "rejected" in (tmp_path / "a.jsonl.card.md").read_text()
     synthesize(world, served, tmp_path / "b.jsonl", "--n", "300", "--concurrency", "3")
