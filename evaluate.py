@@ -176,7 +176,7 @@ def each_model(args, settings):
         if finished(folder, own):
             print(f"{folder}: finished already")
             continue
-        model, tokenizer = load(path, device, dtype), load_tokenizer(path)
+        model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
 
         def complete(prompts, stops):
             from tqdm import tqdm

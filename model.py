@@ -20,6 +20,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -448,6 +449,17 @@ def pick_attention(name, device, doc_mask):
     return name if name != "auto" else "triton" if doc_mask and device.type == "cuda" and triton else "sdpa"
 
 
+def fused(*layers):
+    """One linear layer that computes several of the same input: fewer, larger products where each costs little (inference alone)."""
+    with torch.device("meta"):
+        one = Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=layers[0].bias is not None)
+    one.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    if one.bias is not None:
+        one.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    one.parts = [layer.out_features for layer in layers]
+    return one
+
+
 class RowParallel(Linear):
     """A linear layer whose inputs are shared out: the ranks' partial sums are added, the bias once, behind the sum."""
 
@@ -470,10 +482,12 @@ class Attention(nn.Module):
         self.k = Linear(c.n_embd, kv, bias=c.bias)
         self.v = Linear(c.n_embd, kv, bias=c.bias)
         self.o = RowParallel(kv * (c.n_head // c.n_kv_head), c.n_embd, c.bias, tp)
+        self.qkv = None
 
     def forward(self, x, rotary, attend):
         B, T, _ = x.shape
-        q, k, v = (layer(x).view(B, T, -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))    # (B, heads, T, D)
+        parts = (layer(x) for layer in (self.q, self.k, self.v)) if self.qkv is None else self.qkv(x).split(self.qkv.parts, -1)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in parts)                                  # (B, heads, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         return self.o(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))                                           # (B, T, C)
@@ -487,8 +501,12 @@ class MLP(nn.Module):
         self.gate = Linear(c.n_embd, width, bias=c.bias) if c.mlp == "swiglu" else None
         self.up = Linear(c.n_embd, width, bias=c.bias)
         self.down = RowParallel(width, c.n_embd, c.bias, tp)
+        self.gate_up = None
 
     def forward(self, x):
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            return self.down(F.silu(gate) * up)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -544,6 +562,17 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02, generator=generator)
+        return self
+
+    def fuse(self):
+        """For inference: q, k, v become one product, gate and up another. The parameters no longer have their published names."""
+        for block in self.blocks:
+            a, m = block.attention, block.mlp
+            a.qkv = fused(a.q, a.k, a.v)
+            del a.q, a.k, a.v
+            if m.gate is not None:
+                m.gate_up = fused(m.gate, m.up)
+                del m.gate, m.up
         return self
 
     @property
@@ -1214,6 +1243,22 @@ def info(name):
     print_table([["tensor", "shape"]] + [[n, " × ".join(map(str, shape))] for n, shape in whole_shapes(config).items() if ".0." in n or "blocks" not in n])
 
 
+def export(folder, out, dtype):
+    """Write a checkpoint of either layout in that of Hugging Face."""
+    if Path(out).exists():
+        raise UserError(f"--out {out} exists already; choose another folder")
+    (config, d), weights = read_config(folder), open_weights(folder)
+    model = empty_model(config, "cpu", weights.dtype(), weights.dtype())
+    load_weights(model, weights, config, folder)
+    state = dict(model.named_parameters())
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError as e:
+        tokenizer = print(f"{e}: exported without a tokenizer", file=sys.stderr)
+    save_checkpoint(out, config, lambda n: state[n], weights.dtype() if dtype == "auto" else getattr(torch, dtype), tokenizer, d.get("template"))
+    print(f"{out}: {n_parameters(config):,} parameters")
+
+
 def main():
     parser = Parser(description="Shapes of a model, and text from one.", example="python model.py info llama7b")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -1226,18 +1271,27 @@ def main():
         if files:
             p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
             p.add_argument("--out", required=True, metavar="FILE")
+            p.add_argument("--samples", type=int, default=1, help="replies a prompt")
         p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
         p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be given several times")
         add_sampling_flags(p, 0.7, 512)
         add_device_flags(p)
+    p = commands.add_parser("export", help="write a checkpoint of either layout in that of Hugging Face", example="python model.py export --model llama-2-7b --out llama-2-7b-hf")
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="auto keeps the stored one")
     args = parser.parse_args()
     if args.command == "info":
         return info(args.model)
+    if args.command == "export":
+        return export(args.model, args.out, args.dtype)
     prompts, device = read_prompts(args.prompts) if args.command == "generate" else None, pick_device(args.device)
     template, tokenizer = template_of(args.model, args.template), load_tokenizer(args.model)
-    model = load(args.model, device, pick_dtype(args.dtype, device))
+    model = load(args.model, device, pick_dtype(args.dtype, device)).fuse()
     if args.command == "chat":
         return chat(model, tokenizer, template, args)
+    if args.samples > 1:
+        prompts = [{**p, "id": f"{p['id']}/{k}"} for p in prompts for k in range(args.samples)]
     answers = reply(model, tokenizer, [p["messages"] for p in prompts], template, args, [int(digest(args.seed, p["id"]), 16) & (1 << 63) - 1 for p in prompts])
     write_jsonl(args.out, ({"id": p["id"], "source": str(args.model), **({"category": p["category"]} if "category" in p else {}),
                             "messages": [*p["messages"], {"role": "assistant", "content": text}], "finish": finish} for p, (text, finish) in zip(prompts, answers)))

@@ -367,3 +367,19 @@ def test_generation_ends_at_a_stop_text_cut_across_tokens(real):
         new = M.generate(model, [[tokenizer.bos]], 60, stop=data.stop_rule(tokenizer, [stop]))[0]
         text = data.continuation(tokenizer, [tokenizer.bos], new)
         assert stop in text and stop not in data.continuation(tokenizer, [tokenizer.bos], new[:-1])
+
+
+@pytest.mark.parametrize("name", ["llama, grouped queries", "gpt2"])
+def test_fused_products_change_nothing(name, tmp_path):
+    ours, _ = pair_of(name, tmp_path)
+    ids = torch.randint(0, 101, (2, 20))
+    assert torch.allclose(M.load(tmp_path).fuse().logits(ids), ours.logits(ids), atol=1e-5)
+
+
+def test_meta_checkpoints_are_exported_for_transformers(real, tmp_path):
+    program("model.py", "export", "--model", real / "stories260k/meta", "--out", tmp_path / "hf")
+    ids = torch.randint(3, 512, (1, 30))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert (theirs(ids).logits - M.load(real / "stories260k/hf").logits(ids)).abs().max() < 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("Once upon a time")["input_ids"] == [1, *data.load_tokenizer(real / "stories260k/hf").encode("Once upon a time")]
+    assert "exists already" in one_line(program("model.py", "export", "--model", real / "stories260k/meta", "--out", tmp_path / "hf", status=2))
