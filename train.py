@@ -116,6 +116,13 @@ class Blocks:
         pieces = [(self.packed.row if self.one_per_row else self.packed.block)(i, self.block) for i in rows]
         return tuple(np.stack(x) for x in zip(*pieces)) if pieces else tuple(np.zeros((0, self.block), np.uint8) for _ in range(3))
 
+    def count(self, rows):
+        """Tokens of blocks; padding is none."""
+        if not self.one_per_row:
+            return len(rows) * self.block
+        ends = np.append(self.packed.starts, len(self.packed.tokens))
+        return int(np.minimum(ends[rows + 1] - ends[rows], self.block).sum())
+
     def conversation_starts(self, rows):
         """For each position of each block, where its conversation begins in the block: (rows, block), int32."""
         out = np.zeros((len(rows), self.block), np.int32)
@@ -155,7 +162,7 @@ def share(args, blocks, step, rank, world):
     padding = -(-each // micro) * micro - len(mine)
     arrays = [ids.astype(np.int64), targets.astype(np.int64), weights, *([blocks.conversation_starts(mine)] if args.doc_mask else [])]
     tensors = [torch.from_numpy(np.pad(x, ((0, padding), (0, 0)))) for x in arrays]
-    return list(zip(*(t.split(micro) for t in tensors))), len(rows) * blocks.block, int(mask.sum())
+    return list(zip(*(t.split(micro) for t in tensors))), blocks.count(rows), int(mask.sum())
 
 
 # --- optimizer ----------------------------------------------------------------------------------------------------------------

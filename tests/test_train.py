@@ -154,6 +154,8 @@ def test_one_conversation_a_row(world):
     inputs, targets, mask = blocks.read([0, 1, 2])
     assert (inputs[:, 0] == tokenizer.bos).all() and ((inputs == tokenizer.bos).sum(1) == 1).all()
     assert blocks.packed.starts[blocks.n] <= 3000 < blocks.packed.starts[blocks.n + 1]
+    lengths = np.diff(blocks.packed.starts)[:3]
+    assert blocks.count(np.array([0, 1, 2])) == np.minimum(lengths, 32).sum()               # padding is not counted
 
 
 @pytest.fixture(scope="module")
