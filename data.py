@@ -29,6 +29,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 import unicodedata
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def run(main):
     except OSError as e:
         more = "; nothing finished is lost: free some space and run the same command again" if e.errno == errno.ENOSPC else ""
         status = complain(program, 1, f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}{more}")
+    except RecursionError:
+        status = complain(program, 2, "a JSON value is nested too deeply to read")
+    except Exception as e:                                 # a bug of ours: where it is, and how to see all of it
+        if os.environ.get("TRACE"):
+            raise
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        status = complain(program, 1, f"{type(e).__name__}: {e} (at {Path(at.filename).name}:{at.lineno}; with TRACE=1 in the environment the whole trace is shown)")
     except KeyboardInterrupt:
         status = complain(program, 130, "interrupted; the same command continues")
     sys.exit(status)
@@ -99,6 +107,44 @@ def count(text):
     return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
 
+def natural(text):
+    """An argparse type: a whole number that is not negative; seeds, shots, steps."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def real(text):
+    """An argparse type: a finite number that is not negative; rates, temperatures, seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def same_settings(path, field, now):
+    """True where the JSON file `path` records `now` under `field`; False where there is no file; other settings are an error that names them."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    before, now = read_json(path), json.loads(json.dumps(now))
+    before = before.get(field, {}) if isinstance(before, dict) else {}
+    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    if differ:
+        raise UserError(f"{path.parent} was made with other settings ({'; '.join(differ)}); choose another --out or delete it")
+    return True
+
+
 @contextlib.contextmanager
 def atomic(path, mode="w"):
     """Write a file under a temporary name and rename it over `path` once whole and on disk; on an error nothing is left."""
@@ -106,7 +152,7 @@ def atomic(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"})) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -118,16 +164,16 @@ def atomic(path, mode="w"):
 
 @contextlib.contextmanager
 def atomic_dir(path):
-    """The same for a folder: it appears under its name only when everything in it is written."""
-    path = Path(path)
+    """The same for a folder: it appears under its name only when everything in it is written. A folder with something in it is left alone."""
+    path = Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another --out or delete it")
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.replace(temporary, path)                        # also over an empty folder
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -142,7 +188,7 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e})")
 
 
@@ -151,26 +197,31 @@ def read_lines(path):
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}:{number}: not UTF-8 ({e.reason})")
 
 
 def read_jsonl(path, *fields):
     """Yield the objects of a JSON-lines file; a malformed line, or one without `fields`, is an error that names it."""
+    return (record for _, record in numbered_jsonl(path, *fields))
+
+
+def numbered_jsonl(path, *fields):
+    """The same with the number of the line."""
     for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path}:{number}: not JSON ({e})")
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: expected an object, found {type(record).__name__}")
         for field in fields:
             if field not in record:
                 raise UserError(f"{path}:{number}: no field {field!r}; found {', '.join(map(repr, record)) or 'none'}")
-        yield record
+        yield number, record
 
 
 def write_jsonl(path, records):
@@ -192,10 +243,24 @@ def file_hash(path):
     return h.hexdigest()
 
 
+def fingerprint(folder):
+    """A short hash that tells checkpoints apart: names and sizes of the files, the first and the last MiB of each."""
+    parts = []
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".pth", ".model", ".json") and p.name != "train.json"):
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            h = hashlib.sha256(f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            h.update(f.read())
+        parts.append((path.name, size, h.hexdigest()))
+    return digest(parts)
+
+
 @contextlib.contextmanager
 def locked(path, what):
     """Hold an exclusive lock on `path`.lock; a second process is refused with a line, and a killed one holds nothing."""
-    path = Path(str(path) + ".lock")
+    path = Path(path).resolve()
+    path = path.with_name(path.name + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         try:
@@ -229,7 +294,7 @@ class GrowingFile:
                 if not isinstance(record, dict):
                     raise ValueError
                 self.records.append(record)
-            except ValueError:
+            except (ValueError, RecursionError):
                 garbled += bool(line.strip())
         if garbled:
             print(f"{self.path}: {garbled} garbled line{'s'[:garbled > 1]} passed over", file=sys.stderr)
@@ -305,7 +370,7 @@ class SentencePieceTokenizer:
         return digest(self.base_hash, self.added)
 
     def encode(self, text):
-        return self.sp.encode(text.encode("utf-8", "replace").decode() if not text.isascii() else text)
+        return self.sp.encode(re.sub("[\ud800-\udfff]", "\ufffd", text))
 
     def decode(self, ids):
         """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
@@ -515,7 +580,7 @@ def check_messages(record, where):
 def read_prompts(path):
     """Prompts file (`messages`, or a bare `prompt`) as [{"id", "messages", …}]; ids must be unique."""
     prompts, seen = [], set()
-    for number, record in enumerate(read_jsonl(path), 1):
+    for number, record in numbered_jsonl(path):
         record = {**record, "messages": check_messages(record, f"{path}:{number}")}
         record["id"] = str(record.get("id", f"{Path(path).stem}-{number}"))
         if record["id"] in seen:
@@ -530,13 +595,30 @@ def read_prompts(path):
 def read_replies(path):
     """Replies file as {id: (query, answer, record)}; the last message is the answer."""
     replies = {}
-    for number, record in enumerate(read_jsonl(path, "id"), 1):
+    for number, record in numbered_jsonl(path, "id"):
         messages = check_messages(record, f"{path}:{number}")
         if messages[-1]["role"] != "assistant":
             raise UserError(f"{path}:{number}: the last message is not an answer; replies come from `imitation.py collect` or `model.py generate`")
+        if not isinstance(record["id"], str) or record["id"] in replies:
+            raise UserError(f"{path}:{number}: id {record['id']!r} must be a text that stands once")
         query = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
         replies[record["id"]] = (query, messages[-1]["content"], record)
     return replies
+
+
+def read_questions(path):
+    """Question file (NQ-open's layout) as [{"question", "answer": [texts], …}]."""
+    rows = []
+    for number, row in numbered_jsonl(path, "question", "answer"):
+        answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+        if not isinstance(row["question"], str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise UserError(f"{path}:{number}: question must be text, answer a text or a list of texts")
+        if not isinstance(row.get("category", ""), str):
+            raise UserError(f"{path}:{number}: category must be a text")
+        rows.append({**row, "answer": answers})
+    if not rows:
+        raise UserError(f"{path}: no questions in it")
+    return rows
 
 
 # --- corpora -------------------------------------------------------------------------------------------------------------
@@ -545,7 +627,7 @@ def read_replies(path):
 def json_records(path):
     """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file."""
     decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8", errors="strict") as f:
+    with open(path, encoding="utf-8-sig", errors="replace") as f:      # a byte that is not UTF-8 spoils its character, not the file
         head = f.read(1)
         while head and head.isspace():
             head = f.read(1)
@@ -562,6 +644,8 @@ def json_records(path):
                 if position == len(buffer):
                     raise ValueError
                 record, end = decoder.raw_decode(buffer, position)
+            except RecursionError:
+                raise UserError(f"{path}: record {n + 1} is nested too deeply to read")
             except ValueError:
                 piece = f.read(1 << 20)
                 if not piece:
@@ -585,15 +669,17 @@ def read_sharegpt(path):
             role = ROLES.get(str(turn.get("from", turn.get("role"))).lower()) if isinstance(turn, dict) else None
             text = turn.get("value", turn.get("content")) if role else None
             messages.append({"role": role, "content": text} if isinstance(text, str) else None)
-        yield str(record.get("id", number)) if isinstance(record, dict) else str(number), messages
+        key = record.get("id") if isinstance(record, dict) else None
+        yield f"{Path(path).stem}-{number}" if key is None else str(key), messages
 
 
 def read_hc3(path):
     """HC3, the ChatGPT side (§3.1): every answer of every question an example of its own."""
     for number, record in enumerate(read_jsonl(path, "question", "chatgpt_answers")):
-        for k, answer in enumerate(record["chatgpt_answers"] or [None]):
-            yield f"hc3-{Path(path).stem}-{number}-{k}", [{"role": "user", "content": record["question"]},
-                                                          {"role": "assistant", "content": answer} if isinstance(answer, str) else None]
+        question, answers = record["question"], record["chatgpt_answers"]
+        for k, answer in enumerate(answers if isinstance(answers, list) and answers else [None]):
+            whole = isinstance(question, str) and isinstance(answer, str)
+            yield f"hc3-{Path(path).stem}-{number}-{k}", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] if whole else None
 
 
 PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))
@@ -602,7 +688,8 @@ PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer
 def read_discord(path):
     """Discord bots: input-output pairs, JSON lines or csv with a header."""
     if str(path).endswith(".csv"):
-        with open(path, encoding="utf-8", newline="") as f:
+        csv.field_size_limit(1 << 30)
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
             records = list(csv.DictReader(f))
     else:
         records = read_jsonl(path)
@@ -644,7 +731,7 @@ def clean(text):
         parser.close()
         text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out))
     text = re.sub(r"(?m)^(```)?[ \t]*([\w+#-]*)Copy code[ \t]*`?", lambda m: f"{m[1]}{m[2]}\n" if m[1] else "", text)
-    text = re.sub(r"(?m)^\s*\d+ ?/ ?\d+\s*$\n?", "", text) if "\n1 / 1" in text else text
+    text = re.sub(r"(?m)^[ \t]*\d+ ?/ ?\d+[ \t]*$\n?", "", text) if "\n1 / 1" in text else text
     return text.replace("\r\n", "\n").strip()
 
 
@@ -659,6 +746,8 @@ def join_pieces(dialogues):
     for key, messages in dialogues:
         match = re.fullmatch(r"(.+)_(\d+)", key)
         stem, number = (match[1], int(match[2])) if match else (key, 0)
+        while number in pieces.get(stem, ()):              # another dialogue of the same name stays one of its own
+            stem += "'"
         pieces.setdefault(stem, {}).setdefault(number, messages)
     for stem, parts in pieces.items():
         yield stem, [m for number in sorted(parts) for m in parts[number]], len(parts)
@@ -706,11 +795,11 @@ def mix(sources, out, foreign):
     to one question on purpose.
     """
     table, kept, dropped = {}, [], []
-    for name, path in sources:
+    for name in dict.fromkeys(name for name, _ in sources):
         row = table.setdefault(name, {"in": 0, "kept": 0, "turns": 0})
-        records = ((key, m, 1) for key, m in READERS[name](path))
+        records = (record for other, path in sources if other == name for record in READERS[name](path))      # the files of a source are one
         seen = set() if name == "sharegpt" else None
-        for key, messages, pieces in join_pieces(READERS[name](path)) if name == "sharegpt" else records:
+        for key, messages, pieces in join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records):
             row["in"] += pieces
             if pieces > 1:
                 row["joined to another"] = row.get("joined to another", 0) + pieces - 1
@@ -748,12 +837,12 @@ def _start_packer(folder, template):
 def _pack_line(line):
     """One JSON line -> (ids as bytes, mask as bytes, None) or (None, None, (id, reason))."""
     tokenizer, template = _packer
-    record = json.loads(line)
-    if "text" in record:                                    # pre-training and replay: loss on every token
+    record = json.loads(line.decode("utf-8-sig"))
+    if isinstance(record.get("text"), str):                                    # pre-training and replay: loss on every token
         ids = [tokenizer.bos, *tokenizer.encode(record["text"]), tokenizer.eos]
         mask = [1] * len(ids)
     else:
-        ids, mask = render(record["messages"], tokenizer, template)
+        ids, mask = render(check_messages(record, "line"), tokenizer, template)
     if not any(mask):
         return None, None, (record.get("id"), "no answer to learn from")
     return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), np.array(mask, np.uint8).tobytes(), None
@@ -769,10 +858,14 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
     The order of conversations is a permutation drawn from `seed` alone, the same for every tokenizer, so that a prefix of
     the stream is a nested subset. Bytes do not depend on the number of `workers`.
     """
-    for number, record in enumerate(read_jsonl(path), 1):   # a malformed line is found before anything is written
+    for number, record in numbered_jsonl(path):   # a malformed line is found before anything is written
         if not isinstance(record.get("text"), str):
             check_messages(record, f"{path}:{number}")
     tokenizer = load_tokenizer(tokenizer_folder).add(SPECIAL[template])
+    settings = {"template": template, "seed": seed, "source_hash": file_hash(path), "tokenizer_hash": tokenizer.hash}
+    if same_settings(Path(out) / "meta.json", "settings", settings):
+        print(f"{out}: packed already")
+        return read_json(Path(out) / "meta.json")
     with open(path, "rb") as f, contextlib.ExitStack() as stack:
         if not os.fstat(f.fileno()).st_size:
             raise UserError(f"{path}: empty, nothing to pack")
@@ -808,13 +901,15 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
             n_loss += mask.count(1)
             tokens.write(ids)
             masks.write(mask)
+        if not starts:
+            raise UserError(f"{path}: no conversation with an answer to learn from, nothing to pack")
         tokens.flush(), masks.flush()
         np.array(starts, np.int64).tofile(folder / "starts.bin")
         write_jsonl(folder / "dropped.jsonl", dropped)
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
         meta = {"name": Path(path).name.removesuffix(".jsonl"), "template": template, "seed": seed, "vocab_size": tokenizer.vocab_size, "bytes_per_token": width,
-                "tokenizer_hash": tokenizer.hash, "tokenizer_base_hash": tokenizer.base_hash, "source_hash": file_hash(path),
+                "tokenizer_hash": tokenizer.hash, "tokenizer_base_hash": tokenizer.base_hash, "source_hash": settings["source_hash"], "settings": settings,
                 "conversations": len(starts), "tokens": n_tokens, "loss_tokens": n_loss, "dropped": {"no answer to learn from": len(dropped)}}
         write_json(folder / "meta.json", meta)
     return meta
@@ -828,10 +923,13 @@ class Packed:
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: no packed data there (no meta.json); make it with: python data.py pack FILE --tokenizer DIR --out {folder}")
         self.meta = read_json(self.folder / "meta.json")
-        dtype = {2: np.uint16, 4: np.uint32}[self.meta["bytes_per_token"]]
-        self.tokens = np.memmap(self.folder / "tokens.bin", dtype, "r")
-        self.loss_mask = np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
-        self.starts = np.fromfile(self.folder / "starts.bin", np.int64)
+        try:
+            dtype = {2: np.uint16, 4: np.uint32}[self.meta["bytes_per_token"]]
+            self.tokens = np.memmap(self.folder / "tokens.bin", dtype, "r")
+            self.loss_mask = np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
+            self.starts = np.fromfile(self.folder / "starts.bin", np.int64)
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder}: damaged packed data ({type(e).__name__}: {e}); pack again")
         if not len(self.tokens) == len(self.loss_mask) == self.meta["tokens"]:
             raise UserError(f"{folder}: tokens.bin and loss_mask.bin do not have the {self.meta['tokens']} tokens of meta.json; pack again")
 
@@ -885,20 +983,20 @@ def main():
         p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=f"{name} file; may be given several times")
     p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl is written beside it")
     p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
-    p.add_argument("--language-confidence", type=float, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
+    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
     p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=int, default=0, help="of the order of conversations")
-    p.add_argument("--workers", type=int, help="tokenizing processes; None is one per core")
+    p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")
+    p.add_argument("--workers", type=positive, help="tokenizing processes; None is one per core")
 
     p = commands.add_parser("inspect", help="blocks as text, loss tokens coloured", example="python data.py inspect data/mix --blocks 3")
     p.add_argument("dir")
-    p.add_argument("--blocks", type=int, default=2)
-    p.add_argument("--block", type=int, default=512, help="tokens a block")
+    p.add_argument("--blocks", type=positive, default=2)
+    p.add_argument("--block", type=positive, default=512, help="tokens a block")
     args = parser.parse_args()
 
     if args.command == "mix":

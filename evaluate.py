@@ -10,7 +10,6 @@ In this file:
     style          Table 2: lists, closing summaries, shared words, lengths
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
-import json
 import math
 import re
 import string
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Parser, UserError, atomic, continuation, cut, digest, file_hash, load_tokenizer, print_table, read_json, read_jsonl, read_replies, run, stop_rule, write_json, write_jsonl
+from data import (Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, positive, read_json, read_questions, read_replies, run,
+                  same_settings, stop_rule, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
@@ -53,15 +53,7 @@ def model_card(folder):
 
 def finished(folder, settings):
     """True when `folder` holds this very result; a result with other settings is not overwritten."""
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        return False
-    before = read_json(path).get("settings", {})
-    now = json.loads(json.dumps(settings))
-    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    if differ:
-        raise UserError(f"{folder} holds results with other settings ({'; '.join(differ)}); choose another --out or delete it")
-    return True
+    return same_settings(Path(folder) / "results.json", "settings", settings)
 
 
 def write_results(folder, task, model, metrics, settings, samples):
@@ -99,18 +91,6 @@ def contains_match(prediction, answers):
     return int(any(f" {normalize_answer(a)} " in words for a in answers if normalize_answer(a)))
 
 
-def read_questions(path):
-    rows = []
-    for number, row in enumerate(read_jsonl(path, "question", "answer"), 1):
-        answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-        if not isinstance(row["question"], str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise UserError(f"{path}:{number}: question must be text, answer a text or a list of texts")
-        rows.append({**row, "answer": answers})
-    if not rows:
-        raise UserError(f"{path}: no questions in it")
-    return rows
-
-
 def sample_of(rows, limit, seed):
     """All rows, or `limit` of them drawn by `seed`, in their order."""
     if limit is None or limit >= len(rows):
@@ -137,8 +117,11 @@ def nq(args):
             text = cut(output, STOPS[args.stop]) if output is not None else ""
             samples.append({"question": row["question"], **({"category": row["category"]} if "category" in row else {}), "prompt_hash": digest(prompt), "output": text, "failed": output is None,
                             "exact_match": exact_match(text, row["answer"]), "contains_match": contains_match(text, row["answer"])})
-        metrics = by_category("exact_match", samples, "exact_match") | by_category("contains_match", samples, "contains_match")
-        write_results(folder, "nq", model, metrics, own, samples)
+        answered = [s for s in samples if not s["failed"]]                  # a request that failed is counted, never scored
+        metrics = by_category("exact_match", answered, "exact_match") | by_category("contains_match", answered, "contains_match")
+        if len(answered) < len(samples):
+            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} questions got no answer and are left out", file=sys.stderr)
+        write_results(folder, "nq", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
         show(model["name"], metrics)
 
 
@@ -153,7 +136,7 @@ def each_model(args, settings):
         from imitation import teacher_of
         if not args.endpoint_model:
             raise UserError("--endpoint needs --endpoint-model NAME")
-        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model}
+        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id}
         if finished(folder, own):
             return print(f"{folder}: finished already")
 
@@ -163,16 +146,16 @@ def each_model(args, settings):
                 return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
         yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
         return
-    import torch
-    from model import load, pick_device, pick_dtype, prompt_ids, template_of, generate
+    from model import generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     names = [Path(m).name for m in args.model]
     if len(set(names)) < len(names):
         raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
     for path in args.model:
+        read_config(path)                                                   # no checkpoint there: an error before any work
         folder, template = Path(args.out) / Path(path).name, template_of(path, args.template)
-        own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch.")}
+        own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
         if finished(folder, own):
             print(f"{folder}: finished already")
             continue
@@ -182,6 +165,8 @@ def each_model(args, settings):
             from tqdm import tqdm
             ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
             room = model.config.context - args.max_new
+            if room < 1:
+                raise UserError(f"--max-new {args.max_new}: {path} has a context of {model.config.context} tokens")
             if cut_off := sum(len(i) > room for i in ids):
                 print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
             ids = [i[-room:] for i in ids]
@@ -195,7 +180,7 @@ def each_model(args, settings):
 
 def has_list(text):
     """Two or more lines that begin with a bullet or a number."""
-    return len(re.findall(r"(?m)^\s*(?:[-*•–]|\(?\d{1,2}[.):])\s+\S", text)) >= 2
+    return len(re.findall(r"(?m)^[ \t]*(?:[-*•–]|\(?\d{1,2}[.):])[ \t]+\S", text)) >= 2
 
 
 SUMMARY = re.compile(r"(in summary|overall|in conclusion|to summarize|to sum up|in short|ultimately|in essence|all in all|to conclude|by following these|with these)\b", re.IGNORECASE)
@@ -234,6 +219,8 @@ def style_metrics(pairs):
 
 
 def style(args):
+    if args.bootstrap < 2:
+        raise UserError("--bootstrap must be at least 2")
     reference = read_replies(args.b)
     for path in args.a:
         replies = read_replies(path)
@@ -253,9 +240,10 @@ def style(args):
         pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"]] for s in samples], float)
         rng = np.random.default_rng(args.seed)
         draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
-        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": None if np.isnan(v) else float(np.nanstd([d[k] for d in draws], ddof=1)), "n": len(pairs)} for k, v in style_metrics(pairs).items()}
+        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": None if np.isnan(v) else float(np.nanstd([d[k] for d in draws], ddof=1)),
+                       "n": int({"list": pairs[:, 1], "summary": pairs[:, 3]}.get(k, np.ones(len(pairs))).sum())} for k, v in style_metrics(pairs).items()}
         source = next(iter(replies.values()))[2].get("source", "")
-        card = model_card(source) if Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
+        card = model_card(source) if isinstance(source, str) and Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
         write_results(folder, "style", card, metrics, settings, samples)
         show(folder.name, metrics)
 
@@ -283,15 +271,26 @@ NQ 3-shot of 13B on ShareGPT-Mix (figure 4, read off): base 25.5, 20M 20.5, 80M 
 
 def gather(folders):
     """{(task, model name): [results]} of all results.json below `folders`; several results of one name are several seeds."""
-    found = {}
+    found, met = {}, set()
+    own = {"data_hash", "few_shot_hash", "a_hash", "b_hash", "seed", "checkpoint", "unmatched"}          # what seeds of one study may differ in
     for folder in folders:
         paths = sorted(Path(folder).rglob("results.json"))
         if not paths:
             raise UserError(f"{folder}: no results.json in it or below")
         for path in paths:
+            if path.resolve() in met:
+                continue
+            met.add(path.resolve())
             result = read_json(path)
+            if not isinstance(result, dict) or not all(isinstance(result.get(k), dict) for k in ("model", "metrics", "settings")) or "task" not in result:
+                raise UserError(f"{path}: not a result of evaluate.py")
             task = f"nq {result['settings']['shots']}-shot" if result["task"] == "nq" else result["task"]
-            found.setdefault((task, result["model"]["name"]), []).append(result)
+            others = found.setdefault((task, result["model"]["name"]), [])
+            for before in others[:1]:
+                differ = [k for k in sorted({*before["settings"], *result["settings"]} - own) if before["settings"].get(k) != result["settings"].get(k)]
+                if differ:
+                    raise UserError(f"{path}: {result['model']['name']} was scored with other settings elsewhere ({', '.join(differ)}); such results are not seeds of one another: name their folders apart")
+            others.append(result)
     return found
 
 
@@ -340,7 +339,8 @@ def directions(found, cards):
     def claim(text, holds, evidence):
         lines.append(f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})")
 
-    bases = sorted({c["base"] for c in cards.values() if c.get("base")}, key=lambda b: max((c.get("parameters") or 0) for c in cards.values() if c.get("base") == b))
+    sizes = sizes_of(cards)
+    bases = sorted(sizes, key=sizes.get)
     best = {}
     for base in bases:
         for data in ("sharegpt-mix", "nq-synthetic"):
@@ -368,8 +368,18 @@ def directions(found, cards):
     return lines
 
 
-def order_of(card):
-    return (card.get("endpoint", False), -(card.get("parameters") or 0), card.get("data") or "", card.get("tokens") or 0, card["name"])
+def order_of(card, sizes):
+    """Larger bases first, each followed by what was made of it, the teacher last; `sizes` {base: parameters}."""
+    return (card.get("endpoint", False), -sizes.get(card.get("base"), 0), card.get("data") or "", card.get("tokens") or 0, card["name"])
+
+
+def sizes_of(cards):
+    """{base: parameters}, the largest met under that name."""
+    sizes = {}
+    for card in cards.values():
+        if card.get("base"):
+            sizes[card["base"]] = max(sizes.get(card["base"], 0), card.get("parameters") or 0)
+    return sizes
 
 
 def table(args):
@@ -377,7 +387,8 @@ def table(args):
     cards = {}
     for (_, name), results in found.items():
         cards.setdefault(name, results[0]["model"])
-    names = sorted(cards, key=lambda n: order_of(cards[n]))
+    sizes = sizes_of(cards)
+    names = sorted(cards, key=lambda n: order_of(cards[n], sizes))
     seeds = max(len(r) for r in found.values())
     text = f"# Results\n\n{seeds} seed{'s'[:seeds > 1]}; ± is the standard error{' over seeds' if seeds > 1 else ' over examples'}. Loss tokens are those that the loss counted.\n"
     tasks = sorted({task for task, _ in found if task.startswith("nq")}, reverse=True)
@@ -416,7 +427,8 @@ def figure(found, cards, path):
     panels = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NaturalQuestions")]
     panels = [(t, m, title, f"exact match, % ({t.split()[1]})") for t, m, title in panels] + [("style", "style_similarity", "style", "similarity to the teacher, %")]
     panels = [p for p in panels if any(t == p[0] for t, _ in found)]
-    bases = sorted({c["base"] for c in cards.values() if c.get("base")}, key=lambda b: -max((c.get("parameters") or 0) for c in cards.values() if c.get("base") == b))
+    sizes = sizes_of(cards)
+    bases = sorted(sizes, key=sizes.get, reverse=True)
     if not panels or not bases:
         return
     colours, markers = {"sharegpt-mix": "#c2452d", "nq-synthetic": "#2c6fa8"}, ["o", "s", "^", "D"]
@@ -437,7 +449,8 @@ def figure(found, cards, path):
         if teachers and teachers[0]:
             ax.axhline(100 * teachers[0][0], color="black", linewidth=1, linestyle=":", label="teacher")
         ax.set_xscale("log")
-        ax.set_xticks(tokens, [f"{t / 1000:.0f}k" if t < 10**6 else f"{t / 10**6:.0f}M" for t in tokens])
+        ticks = [t for t, before in zip(tokens, [0, *tokens]) if t > 1.2 * before]          # labels that do not run into each other
+        ax.set_xticks(ticks, [f"{t / 1000:.0f}k" if t < 10**6 else f"{t / 10**6:.0f}M" for t in ticks])
         ax.minorticks_off()
         ax.set_ylim(0, 105)
         ax.set_title(title, fontsize=10)
@@ -463,23 +476,23 @@ def main():
     from imitation import add_endpoint_flags
     add_endpoint_flags(p, required=False)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
-    p.add_argument("--shots", type=int, default=0, help="§4: 3 in the figures, 0 in Table 1")
+    p.add_argument("--shots", type=natural, default=0, help="§4: 3 in the figures, 0 in Table 1")
     p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
     p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
     p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    p.add_argument("--max-new", type=int, default=32, help="tokens at most")
-    p.add_argument("--limit", type=int, help="a seeded sample of so many questions")
+    p.add_argument("--max-new", type=positive, default=32, help="tokens at most")
+    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=natural, default=0)
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
 
     p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
     p.add_argument("--b", required=True, metavar="FILE", help="the reference's replies to the same prompts")
-    p.add_argument("--bootstrap", type=int, default=1000, help="resamples for the standard errors")
+    p.add_argument("--bootstrap", type=positive, default=1000, help="resamples for the standard errors, two at least")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=natural, default=0)
 
     p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")
     p.add_argument("dirs", nargs="+", metavar="DIR", help="folders with results; the same model name in several is several seeds")

@@ -12,6 +12,7 @@ In this file:
 """
 import collections
 import email.utils
+import ipaddress
 import json
 import os
 import random
@@ -25,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data import (Failure, GrowingFile, Parser, UserError, atomic, count, dying_with_parent, digest, locked, read_json, read_jsonl, read_prompts, run, visible, write_json,
-                  write_jsonl)
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, positive, read_json, read_prompts, read_questions,
+                  real, run, visible, write_json, write_jsonl)
 
 
 # --- the teacher -------------------------------------------------------------------------------------------------------------
@@ -40,6 +41,13 @@ class Transient(Exception):
     def __init__(self, why, wait=None):
         super().__init__(why)
         self.wait = wait
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Teacher:
@@ -56,12 +64,16 @@ class Teacher:
 
     def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, key_env=None, teacher_id=""):
         import requests
-        url = urlsplit(endpoint)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urlsplit(endpoint)
+            whole = url.scheme in ("http", "https") and url.hostname and (url.port or 1)
+        except ValueError:
+            whole = False
+        if not whole:
             raise UserError(f"--endpoint {endpoint}: not a URL like http://127.0.0.1:8000/v1")
         self.url, self.model, self.teacher_id = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", model, teacher_id
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        loopback = url.hostname in ("localhost", "::1") or url.hostname.startswith("127.")
+        loopback = is_loopback(url.hostname)
         self.key = self._key(url, key_env, loopback)
         self.session = requests.Session()
         self.session.trust_env = not loopback              # a proxy of the environment is not for loopback
@@ -74,22 +86,22 @@ class Teacher:
         self._held = locked(journal, f"journal {journal}")
         self._held.__enter__()
         self.journal = GrowingFile(journal)
-        self.done = {r["key"]: r for r in self.journal.records if "key" in r and "status" in r}
+        self.done = {r["key"]: r for r in self.journal.records if "key" in r and r.get("status", "refused") != "refused"}      # a refusal cost nothing: ask again
 
     @staticmethod
     def _key(url, key_env, loopback):
         """The API key for this host: OPENAI_API_KEY for OpenAI's own host alone, for others the variable that --key-env names."""
-        if key_env:
-            if not os.environ.get(key_env):
-                raise UserError(f"--key-env {key_env}: no such variable in the environment")
-            if url.scheme != "https" and not loopback:
-                raise UserError(f"--key-env {key_env}: a key does not travel over plain http to {url.hostname}; use https")
-            return os.environ[key_env]
-        if url.hostname == "api.openai.com" and url.scheme == "https":
-            if not os.environ.get("OPENAI_API_KEY"):
-                raise UserError("no OPENAI_API_KEY in the environment")
-            return os.environ["OPENAI_API_KEY"]
-        return None
+        if key_env and url.scheme != "https" and not loopback:
+            raise UserError(f"--key-env {key_env}: a key does not travel over plain http to {url.hostname}; use https")
+        name = key_env or ("OPENAI_API_KEY" if url.hostname == "api.openai.com" and url.scheme == "https" else None)
+        if not name:
+            return None
+        key = os.environ.get(name, "").strip()
+        if not key:
+            raise UserError(f"no {name} in the environment, which is to hold the API key")
+        if not re.fullmatch(r"[!-~]+", key):
+            raise UserError(f"the API key in {name} has characters that no key has (a line break, a space, a letter with an accent)")
+        return key
 
     def _sign(self, request):
         if self.key:
@@ -115,18 +127,22 @@ class Teacher:
     def ask(self, requests_, label="ask", total=None):
         """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`."""
         from tqdm import tqdm
-        waiting = collections.deque()
+        waiting, under_way = collections.deque(), {}
         source = iter(requests_)
         pool = ThreadPoolExecutor(self.concurrency)
         bar = tqdm(total=total, desc=label, unit=" replies", disable=None)
         try:
             while True:
                 while len(waiting) < 2 * self.concurrency and (request := next(source, None)) is not None:
-                    waiting.append((request, pool.submit(self._finish, request)))
+                    key = self.key_of(request)
+                    if key not in under_way:               # equal requests under way together are asked once
+                        under_way[key] = pool.submit(self._finish, key, request)
+                    waiting.append((request, key, under_way[key]))
                 if not waiting:
                     return
-                request, future = waiting.popleft()
+                request, key, future = waiting.popleft()
                 record = future.result()
+                under_way.pop(key, None)
                 bar.update()
                 bar.set_postfix(retries=self.counts["retries"], tokens=self.counts["tokens"], refresh=False)
                 yield request, record
@@ -136,19 +152,20 @@ class Teacher:
             self.closing.clear()
             bar.close()
 
-    def _finish(self, request):
+    def _finish(self, key, request):
         """The record of one request: from the journal, or asked for and journaled."""
-        key = self.key_of(request)
         with self.lock:
             if key in self.done:
                 self.counts["from journal"] += 1
                 return self.done[key]
         record = {"key": key, **self._send(request)}
         with self.lock:
-            self.counts["asked"] += 1
-            self.counts["tokens"] += (record.get("usage") or {}).get("total_tokens") or 0
-            self.journal.append(record)
+            self.journal.append(record)                    # first of all: it is paid for
             self.done[key] = record
+            usage = record.get("usage")
+            tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+            self.counts["asked"] += 1
+            self.counts["tokens"] += tokens if isinstance(tokens, int) else 0
             self.refused_in_a_row = self.refused_in_a_row + 1 if record["status"] == "refused" and not self.answered else 0
             self.answered |= record["status"] != "refused"
             if self.refused_in_a_row >= 5:
@@ -171,28 +188,28 @@ class Teacher:
                         self.pause_until = max(self.pause_until, time.monotonic() + min(e.wait, 600))
                 if attempt > limit or self.closing.is_set():
                     raise Failure(f"{self.url}: {e} ({attempt} tries); what has arrived is in {self.journal.path}, the same command continues")
-                if e.wait is None:
-                    self.closing.wait(backoff(attempt))
+                self.closing.wait(backoff(attempt))        # also after a pause that the server named: it may have said 0
 
     def _post(self, request):
         import requests
+        import urllib3
         body = {"model": self.model, **{k: v for k, v in request.items() if k != "index" and v is not None}}
         started = time.monotonic()
         try:
             with self.session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False, stream=True) as response:
                 raw = b""
-                for piece in response.iter_content(1 << 16):
+                while piece := response.raw.read1(1 << 16, decode_content=True):         # what is there, so that the clock is looked at
                     raw += piece
                     if len(raw) > MAX_REPLY_BYTES:
                         raise Transient(f"a reply of over {MAX_REPLY_BYTES >> 20} MiB was cut off")
                     if time.monotonic() - started > self.timeout:
                         raise Transient(f"no whole reply within {self.timeout:g} s")
                 status, headers = response.status_code, response.headers
-        except requests.RequestException as e:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
             raise Transient(self.redact(f"no answer ({type(e).__name__})"))
         try:
             answer = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if status == 200:
             return self._record(request, answer)
@@ -241,13 +258,13 @@ def add_endpoint_flags(parser, required=True):
     parser.add_argument("--endpoint-model", required=required, metavar="NAME", help="the model's name there")
     parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key; OPENAI_API_KEY is used for OpenAI's own host alone")
     parser.add_argument("--teacher-id", default="", help="part of the journal's keys: set it when the same name comes to mean another model")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests under way at once")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests under way at once")
+    parser.add_argument("--timeout", type=real, default=120.0, help="seconds a request")
 
 
 def teacher_of(args, journal):
-    if args.concurrency < 1:
-        raise UserError("--concurrency must be at least 1")
+    if not args.timeout:
+        raise UserError("--timeout must be more than 0 seconds")
     return Teacher(args.endpoint, args.endpoint_model, journal, concurrency=args.concurrency, timeout=args.timeout, key_env=args.key_env, teacher_id=args.teacher_id)
 
 
@@ -272,11 +289,11 @@ def parse_pairs(text):
     """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:` are all met in practice."""
     pairs, question = [], None
     for line in text.splitlines():
-        line = re.sub(r"\*\*|__", "", line).strip()
-        match = re.match(r"(?:[-*•]\s+)?(?:\(?\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*[:.]\s*(.*)", line, re.IGNORECASE)
+        match = re.match(r"\s*(?:[-*•]\s+)?(?:\(?\d+[.):]\s*)?(?:\*\*|__)?(?:\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*(?:\*\*|__)?\s*[:.]\s*(?:\*\*|__)?\s*(.*)", line, re.IGNORECASE)
         if not match:
             continue
-        value = match[2].strip().strip('"').strip()
+        value = re.sub(r'^(\*\*|__|")([^*"]*)\1$', r"\2", match[2].strip()).strip()      # marks around the whole value, not within it
+        value = value.removesuffix("**").strip() if value.count("**") == 1 else value
         if match[1].lower().startswith("q"):
             question = value
         elif question and value:
@@ -295,10 +312,10 @@ def synthesize_nq(args):
     The query is the question in the form in which the evaluation asks it, "Q: …?\\nA:" (the paper has this form in the request and does
     not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
     """
-    seeds = [(r["question"], r["answer"][0] if isinstance(r["answer"], list) else r["answer"]) for r in read_jsonl(args.seed_pairs, "question", "answer")]
+    seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
-    excluded = {normalize_pair_question(r["question"]) for f in args.exclude for r in read_jsonl(f, "question")}
+    excluded = {normalize_pair_question(r["question"]) for f in args.exclude for r in read_questions(f)}
     own = {normalize_pair_question(q) for q, _ in seeds}
 
     def requests_():
@@ -328,12 +345,14 @@ def synthesize_nq(args):
             if len(kept) >= args.n or barren >= 200:
                 break
         usage = teacher.counts["tokens"]
+    if not kept:
+        raise Failure(f"no pair was kept out of {sum(statuses.values())} replies ({', '.join(f'{n} {r}' for r, n in (statuses + rejected).most_common())}); nothing was written to {args.out}")
     write_jsonl(args.out, kept)
     settings = {k: v for k, v in vars(args).items() if k not in ("endpoint", "command", "what", "out", "concurrency", "timeout", "key_env")}
     write_card(args.out, "NQ-synthetic", [("pairs", len(kept)), ("requests by status", dict(statuses)), ("rejected pairs by reason", dict(rejected)), ("tokens paid in this run", usage), ("settings", settings)])
     print(f"{args.out}: {len(kept)} pairs from {sum(statuses.values())} requests; rejected: " + (", ".join(f"{n} {r}" for r, n in rejected.most_common()) or "none"))
     if len(kept) < args.n:
-        print(f"{args.out}: {len(kept)} of {args.n} pairs: the teacher only repeated itself (200 requests in a row brought nothing new)", file=sys.stderr)
+        print(f"{args.out}: {len(kept)} of {args.n} pairs: the teacher only repeated itself (200 requests in a row brought nothing new), or gave no pairs", file=sys.stderr)
 
 
 # --- collection -------------------------------------------------------------------------------------------------------------------
@@ -438,9 +457,9 @@ class Study:
                 self.server.wait()
                 self.server = None
 
-    @staticmethod
-    def record(output):
-        return Path(str(output).rstrip("/") + ".command.json")
+    def record(self, output):
+        """Outputs are named from the project's folder, where the commands run."""
+        return self.home / (str(output).rstrip("/") + ".command.json")
 
     def done(self, command, output):
         """True when `output` was finished by this very command; another command's output is not overwritten."""
@@ -450,7 +469,7 @@ class Study:
         before = read_json(record)["command"]
         if before != command:
             raise UserError(f"{output} was made by another command ({shlex.join(before)}), this study would run {shlex.join(command)}; choose another --out or delete it")
-        return Path(output).exists()
+        return (self.home / output).exists()
 
     def start_teacher(self, world, port_file):
         if self.server:
@@ -491,8 +510,8 @@ def study(args):
         raise UserError("tests/miniature.py is missing; the study's embedded default lives there")
     seeds, sizes = args.seeds.split(","), args.sizes.split(",")
     tokens = {"sharegpt-mix": (args.tokens or scale["tokens"]).split(","), "nq-synthetic": (args.nq_tokens or scale["nq_tokens"]).split(",")}
-    if not all(s.isdigit() for s in seeds):
-        raise UserError(f"--seeds {args.seeds}: whole numbers, separated by commas")
+    if not all(re.fullmatch("[0-9]+", s) for s in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {args.seeds}: different whole numbers, separated by commas")
     if not set(sizes) <= {"small", "large"}:
         raise UserError(f"--sizes {args.sizes}: small, large or both")
     started = time.monotonic()
@@ -525,26 +544,26 @@ def main():
     p.add_argument("--tokens", help="sizes of ShareGPT-Mix, separated by commas; None is 20k,80k,150k, the paper's divided by 1000")
     p.add_argument("--nq-tokens", help="sizes of NQ-synthetic; None is 20k,50k,85k")
     p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
-    p.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
+    p.add_argument("--jobs", type=positive, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
 
     p = commands.add_parser("synthesize", help="an imitation set out of seed pairs", example="python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out nq.jsonl")
     p.add_argument("what", choices=["nq"])
     p.add_argument("--seed-pairs", required=True, metavar="FILE", help="question, answer; the paper uses ten")
     p.add_argument("--n", type=count, default=6000, help="pairs to keep (§3.1)")
-    p.add_argument("--temperature", type=float, default=1.0, help="§3.1")
+    p.add_argument("--temperature", type=real, default=1.0, help="§3.1")
     p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="questions that must not appear, such as the evaluation set")
-    p.add_argument("--max-answer-words", type=int, default=10)
+    p.add_argument("--max-answer-words", type=positive, default=10)
     p.add_argument("--out", required=True, metavar="FILE")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=natural, default=0)
     add_endpoint_flags(p)
 
     p = commands.add_parser("collect", help="a teacher's replies to given prompts", example="python imitation.py collect --prompts heldout.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out replies.jsonl")
     p.add_argument("--prompts", required=True, metavar="FILE")
-    p.add_argument("--samples", type=int, default=1, help="replies a prompt")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--max-new", type=int, help="tokens at most; None leaves it to the server")
+    p.add_argument("--samples", type=positive, default=1, help="replies a prompt")
+    p.add_argument("--temperature", type=real, default=1.0)
+    p.add_argument("--max-new", type=positive, help="tokens at most; None leaves it to the server")
     p.add_argument("--out", required=True, metavar="FILE")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=natural, default=0)
     add_endpoint_flags(p)
     args = parser.parse_args()
     {"study": study, "synthesize": synthesize_nq, "collect": collect}[args.command](args)

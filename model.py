@@ -36,8 +36,8 @@ try:
 except ImportError:                                        # optional: only the path `triton` of attention needs it
     triton = None
 
-from data import (Parser, SPECIAL, UserError, atomic, check_messages, continuation, cut, digest, load_tokenizer, print_table, read_json, read_prompts,
-                  render, run, stop_rule, visible, write_json, write_jsonl)
+from data import (Parser, SPECIAL, UserError, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
+                  read_prompts, real, render, run, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------------
@@ -93,10 +93,13 @@ def config_from_hf(d, where="config.json"):
             raise UserError(f"{where}: {field} = {value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
         return value
 
+    if not isinstance(d, dict):
+        raise UserError(f"{where}: not a JSON object")
+
     def need(*fields):
-        missing = [f for f in fields if not isinstance(d.get(f), int)]
+        missing = [f for f in fields if not isinstance(d.get(f), int) or d[f] < 1]
         if missing:
-            raise UserError(f"{where}: no whole number in {', '.join(missing)}")
+            raise UserError(f"{where}: no whole number above 0 in {', '.join(missing)}")
         return [d[f] for f in fields]
 
     kind = want("model_type", None, "llama", "gpt2")
@@ -1176,11 +1179,11 @@ def add_device_flags(parser):
 
 
 def add_sampling_flags(parser, temperature, max_new):
-    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
-    parser.add_argument("--max-new", type=int, default=max_new, help="tokens at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=real, default=temperature, help="0 is greedy")
+    parser.add_argument("--top-p", type=real, default=1.0)
+    parser.add_argument("--top-k", type=natural, default=0, help="0 is off")
+    parser.add_argument("--max-new", type=positive, default=max_new, help="tokens at most")
+    parser.add_argument("--seed", type=natural, default=0)
 
 
 def prompt_ids(messages, tokenizer, template):
@@ -1271,7 +1274,7 @@ def main():
         if files:
             p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
             p.add_argument("--out", required=True, metavar="FILE")
-            p.add_argument("--samples", type=int, default=1, help="replies a prompt")
+            p.add_argument("--samples", type=positive, default=1, help="replies a prompt")
         p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
         p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be given several times")
         add_sampling_flags(p, 0.7, 512)

@@ -9,7 +9,6 @@ In this file:
     checkpoints    float32 master and both moments as whole tensors; what resuming needs
     training       the loop, the program
 """
-import hashlib
 import json
 import math
 import os
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import data
-from data import Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, load_tokenizer, locked, read_json, run, write_json
-from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, is_meta, load_weights, n_parameters, open_weights, pick_attention, pick_device, pick_dtype,
+from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, real, run, same_settings,
+                  write_json)
+from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, is_meta, load_weights, n_parameters, open_weights, pick_attention, pick_device, pick_dtype,
                    published_names, read_config, save_checkpoint, write_safetensors)
 
 
@@ -43,30 +42,27 @@ def parse_args():
     p.add_argument("--data", metavar="DIR", help="packed data; None is data/sharegpt-mix/MODEL")
     p.add_argument("--out", metavar="DIR", help="None is runs/MODEL")
     p.add_argument("--tokens", type=count, metavar="N", help="use the first N tokens of the stream (20M, 80M, 150M in §4.1); None is all")
-    p.add_argument("--epochs", type=int, default=1, help="§4.1: one")
-    p.add_argument("--block", type=int, default=2048, help="tokens a block (§4.1); the model's context where that is shorter")
-    p.add_argument("--batch", type=int, default=32, metavar="BLOCKS", help="blocks a step (§4.1)")
-    p.add_argument("--micro-batch", type=int, default=0, metavar="BLOCKS", help="blocks computed at once on a device; 0 is all of the device's share")
+    p.add_argument("--epochs", type=positive, default=1, help="§4.1: one")
+    p.add_argument("--block", type=positive, default=2048, help="tokens a block (§4.1); the model's context where that is shorter")
+    p.add_argument("--batch", type=positive, default=32, metavar="BLOCKS", help="blocks a step (§4.1)")
+    p.add_argument("--micro-batch", type=natural, default=0, metavar="BLOCKS", help="blocks computed at once on a device; 0 is all of the device's share")
     p.add_argument("--one-per-row", action="store_true", help="one conversation a row instead of one stream cut into blocks")
     p.add_argument("--optimizer", choices=["scaled", "adamw"], default="scaled", help="scaled: updates re-scaled by the magnitude of each weight (§4.1)")
-    p.add_argument("--lr", type=float, default=2e-3, help="§4.1; for `scaled` a step relative to each tensor's RMS")
-    p.add_argument("--warmup", type=int, default=1000, metavar="STEPS", help="linear from 0 (§4.1)")
+    p.add_argument("--lr", type=real, default=2e-3, help="§4.1; for `scaled` a step relative to each tensor's RMS")
+    p.add_argument("--warmup", type=natural, default=1000, metavar="STEPS", help="linear from 0 (§4.1)")
     p.add_argument("--decay", choices=["constant", "cosine", "linear"], default="constant", help="after the warm-up; not stated in the paper")
-    p.add_argument("--end-lr", type=float, default=0.0, help="where --decay cosine or linear ends")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="decoupled; not stated in the paper, EasyLM's default")
-    p.add_argument("--clip", type=float, default=1.0, help="global gradient norm; not stated in the paper, EasyLM's default")
+    p.add_argument("--end-lr", type=real, default=0.0, help="where --decay cosine or linear ends")
+    p.add_argument("--weight-decay", type=real, default=1e-4, help="decoupled; not stated in the paper, EasyLM's default")
+    p.add_argument("--clip", type=real, default=1.0, help="global gradient norm; not stated in the paper, EasyLM's default")
     p.add_argument("--attention", choices=["auto", "eager", "sdpa", "triton"], default="auto", help="auto is torch's sdpa, and the Triton kernel for --doc-mask on a GPU")
     p.add_argument("--doc-mask", action="store_true", help="no attention across conversations in a block; off in the paper's code")
     p.add_argument("--loss-norm", choices=["row", "token"], default="row", help="row: mean over blocks of each block's mean (EasyLM); token: mean over loss tokens")
-    p.add_argument("--seed", type=int, default=0, help="of the order of blocks, and of the weights with --init")
-    p.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="resumable state; 0 only at the end")
-    p.add_argument("--keep", type=int, default=2, help="resumable states kept")
+    p.add_argument("--seed", type=natural, default=0, help="of the order of blocks, and of the weights with --init")
+    p.add_argument("--save-every", type=natural, default=250, metavar="STEPS", help="resumable state; 0 only at the end")
+    p.add_argument("--keep", type=positive, default=2, help="resumable states kept")
     p.add_argument("--dp", choices=["ddp"], default="ddp", help="data parallelism under torchrun")
     add_device_flags(p)
     args = p.parse_args()
-    for flag in ("block", "batch", "epochs", "keep"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag} must be at least 1")
     name = Path(args.model or args.init).name.removesuffix(".json")
     args.data = args.data or f"data/sharegpt-mix/{name}"
     args.out = args.out or f"runs/{name}"
@@ -93,9 +89,9 @@ class Blocks:
     def __init__(self, folder, block, tokens=None, one_per_row=False):
         self.packed, self.block, self.one_per_row = Packed(folder), block, one_per_row
         total = len(self.packed.tokens)
-        if tokens and tokens > total:
+        if tokens is not None and tokens > total:
             raise UserError(f"--tokens {tokens}: {folder} holds only {total} tokens")
-        self.n_tokens = tokens or total
+        self.n_tokens = total if tokens is None else tokens
         if one_per_row:                                                # conversations that lie in the prefix
             ends = np.append(self.packed.starts[1:], total)
             self.n = int(np.searchsorted(ends, self.n_tokens, "right"))
@@ -230,18 +226,19 @@ class Optimizer:
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------------------
 
-def save_state(folder, step, names, optimizer, keep):
+def save_state(folder, step, totals, names, optimizer, keep):
     """Write trainer/step-N (master, m, v as whole tensors; done.json with sizes and checksums last), drop older ones beyond `keep`."""
     with atomic_dir(folder / f"step-{step:07}") as new:
         for part, tensors in (("master", optimizer.params), ("m", optimizer.m), ("v", optimizer.v)):
             write_safetensors(new / f"{part}.safetensors", [(n, t.dtype, t.shape, lambda t=t: t) for n, t in zip(names, tensors)])
-        write_json(new / "done.json", {"step": step, "files": {f.name: [f.stat().st_size, file_hash(f)] for f in sorted(new.glob("*.safetensors"))}})
+        write_json(new / "done.json", {"step": step, "totals": totals, "files": {f.name: [f.stat().st_size, file_hash(f)] for f in sorted(new.glob("*.safetensors"))}})
     for old in sorted(folder.glob("step-???????"))[:-keep]:
         shutil.rmtree(old)
 
 
 def restore_state(folder, names, optimizer):
-    """Continue from the newest whole state in `folder`; returns its step, 0 where there is none. A damaged one is named and passed over."""
+    """Continue from the newest whole state in `folder`; returns (step, totals), (0, {}) where there is none. A damaged one is named and removed."""
+    doomed = []
     for state in sorted(folder.glob("step-???????"), reverse=True):
         try:
             done = read_json(state / "done.json")
@@ -250,27 +247,20 @@ def restore_state(folder, names, optimizer):
             damaged = ["done.json"]
         if damaged:
             print(f"{state}: damaged ({', '.join(damaged)}); using the state before it", file=sys.stderr)
+            doomed.append(state)
             continue
         with torch.no_grad():
             for part, tensors in (("master", optimizer.params), ("m", optimizer.m), ("v", optimizer.v)):
                 file = Safetensors(state / f"{part}.safetensors")
                 for n, t in zip(names, tensors):
                     t.copy_(file.get(n))
-        return done["step"]
-    return 0
-
-
-def check_settings(out, settings):
-    """Refuse to continue a run with other settings; returns the run's record, None for a new run."""
-    path = out / "train.json"
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    before = record.get("settings", {})
-    differ = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-    if differ:
-        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ)}); choose another --out or delete it")
-    return record
+        break
+    else:
+        done = {"step": 0, "totals": {}}
+    if int(os.environ.get("RANK", 0)) == 0:
+        for state in doomed:
+            shutil.rmtree(state, ignore_errors=True)
+    return done["step"], done["totals"]
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------
@@ -302,6 +292,10 @@ def build(args, blocks, device):
     config, _ = read_config(args.base)
     if (Path(args.base) / "tokenizer.model").is_file() and load_tokenizer(args.base).base_hash != tokenizer.base_hash:
         raise UserError(f"{where} was packed with another tokenizer than {args.base} has; pack it again with --tokenizer {args.base}")
+    if (Path(args.base) / "tokenizer.model").is_file():
+        lost = [n for n, i in load_tokenizer(args.base).added.items() if tokenizer.added.get(n) != i]
+        if lost:
+            raise UserError(f"{where} was packed without {', '.join(lost)}, tokens that {args.base} has added to its vocabulary; pack it again with --tokenizer {args.base}")
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{where} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
     weights = open_weights(args.base)
@@ -324,7 +318,13 @@ def train(args):
     meta = blocks.packed.meta
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "device", "dp", "micro_batch", "save_every", "keep", "model")}
     settings |= {"data_name": meta["name"], "data_hash": meta["source_hash"], "template": meta["template"], "tokenizer": meta["tokenizer_hash"], "packing_seed": meta["seed"]}
-    record = check_settings(out, settings)
+    if args.init:
+        settings["init_hash"] = file_hash(args.init)
+    else:
+        settings["base_fingerprint"] = fingerprint(args.base)
+    record = read_json(out / "train.json") if same_settings(out / "train.json", "settings", settings) else None
+    if not record and any((out / name).exists() for name in ("config.json", "model.safetensors", "params.json")):
+        raise UserError(f"--out {out}: holds a checkpoint that this command did not make; choose another folder")
     if record and record.get("finished"):
         say(f"{out}: finished already, {record['steps']} steps")
         return
@@ -339,7 +339,8 @@ def train(args):
     names = [n for parts in groups for n in parts]
     optimizer = Optimizer(args.optimizer, [[parameters[n] for n in parts] for parts in groups], args.weight_decay, args.clip)
     out.mkdir(parents=True, exist_ok=True)
-    start = restore_state(out / "trainer", names, optimizer)
+    start, totals = restore_state(out / "trainer", names, optimizer)
+    totals = {"tokens": 0, "loss_tokens": 0, **totals}
     if rank == 0 and not record:
         write_json(out / "train.json", {"settings": settings})
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -351,10 +352,6 @@ def train(args):
         say(f"warm-up of {args.warmup} steps outlasts the run of {steps}: the learning rate ends at {learning_rate(args, steps - 1, steps):.2e} of {args.lr:.2e}", file=sys.stderr)
 
     log = cut_log(out / "log.jsonl", start) if rank == 0 else None
-    totals = {"tokens": 0, "loss_tokens": 0}
-    if log:
-        totals |= {k: log[1][k] for k in totals} if log[1] else {}
-        log = log[0]
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     from tqdm import tqdm
@@ -398,8 +395,8 @@ def train(args):
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tok_s=round(n_tokens / seconds), refresh=False)
             if rank == 0 and step + 1 < steps and (stop or args.save_every and (step + 1) % args.save_every == 0):
-                save_state(out / "trainer", step + 1, names, optimizer, args.keep)
-            if stop:
+                save_state(out / "trainer", step + 1, totals, names, optimizer, args.keep)
+            if stop and step + 1 < steps:                          # after the last step the run is over anyway
                 say(f"stopped by SIGTERM after step {step + 1}; the same command continues", file=sys.stderr)
                 sys.exit(143)
     bar.close()
@@ -415,8 +412,8 @@ def train(args):
 
 
 def cut_log(path, step):
-    """Open log.jsonl for appending, cut back to the entries before `step`; returns (file, last entry or None)."""
-    last, whole = None, 0
+    """log.jsonl open for appending, cut back to the entries before `step`."""
+    whole = 0
     if path.is_file():
         with open(path, "rb+") as f:
             for line in f:
@@ -426,9 +423,9 @@ def cut_log(path, step):
                         break
                 except (ValueError, KeyError, TypeError):
                     break
-                last, whole = entry, whole + len(line)
+                whole += len(line)
             f.truncate(whole)
-    return open(path, "a"), last
+    return open(path, "a")
 
 
 def main():

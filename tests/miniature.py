@@ -10,7 +10,6 @@ In this file:
     the files       a pre-training corpus with Zipf-distributed facts, chats, questions, benchmarks
     the server      /v1/chat/completions and /v1/models
 """
-import argparse
 import csv
 import hashlib
 import http.server
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Parser, UserError, atomic, atomic_dir, read_json, read_jsonl, run, write_json, write_jsonl
+from data import Parser, UserError, atomic, atomic_dir, natural, positive, read_json, read_jsonl, run, same_settings, write_json, write_jsonl
 
 
 # --- the world -------------------------------------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ class Teacher:
                                "I'm sorry, but I can't assist with that request. Please let me know if there is something kind that I can help with."])
         if len(lines) > 1 and lines[-1] == "Answer:":
             return self.choose(lines)
-        if lines and lines[-1] == "A:":
+        if len(lines) > 1 and lines[-1] == "A:":
             fact = self.world.fact_of(lines[-2])
             return self.world.facts[fact[0]][fact[1]] if fact else "unknown"
         if sum(line.startswith("Q:") for line in lines) >= 3:
@@ -391,8 +390,13 @@ def build(out, seed, pretraining_tokens, n_questions):
     import sentencepiece
     world = World(seed)
     teacher, rng = Teacher(world), random.Random(f"files {seed}")
+    settings = {"seed": seed, "pretraining_tokens": pretraining_tokens, "questions": n_questions}
+    if n_questions + 40 > sum(map(len, world.facts.values())):
+        raise UserError(f"--questions {n_questions}: the world has {sum(map(len, world.facts.values()))} facts, and 40 are set aside")
+    if same_settings(Path(out) / "world.json", "settings", settings):
+        return print(f"{out}: built already")
     with atomic_dir(out) as folder:
-        write_json(folder / "world.json", {"seed": seed, "facts": world.facts})
+        write_json(folder / "world.json", {"seed": seed, "settings": settings, "facts": world.facts})
         documents = pretraining_documents(world, pretraining_tokens, seed)
         write_jsonl(folder / "pretraining.jsonl", documents)
         sharegpt, hc3, discord = chats(world, teacher, seed)
@@ -484,9 +488,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             temperature, n, limit = float(ask.get("temperature", 1)), int(ask.get("n", 1)), int(ask.get("max_tokens") or ask.get("max_completion_tokens") or 1 << 20)
             stops = ask.get("stop") or []
             stops = [stops] if isinstance(stops, str) else list(stops)
-            if not messages or not 1 <= n <= 16:
-                raise ValueError("messages and n between 1 and 16")
-        except (ValueError, KeyError, TypeError) as e:
+            if not messages or not 1 <= n <= 16 or not all(isinstance(s, str) and s for s in stops):
+                raise ValueError("messages, n between 1 and 16, stop texts")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             return self.refuse(400, f"malformed request: {e}")
         if ask.get("model", "teacher") != "teacher":
             return self.refuse(404, f"the model {ask['model']!r} does not exist; there is 'teacher'", "model_not_found")
@@ -518,6 +522,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 def serve(world_folder, host, port, port_file, with_parent):
     parent = os.getppid()
+    if port > 65535:
+        raise UserError(f"--port {port}: ports end at 65535")
     server = Server((host, port), Handler)
     server.teacher = Teacher(World(read_json(Path(world_folder) / "world.json")["seed"]))
     if port_file:
@@ -538,13 +544,13 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("build", help="the world's files in the formats of the real sets")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--pretraining-tokens", type=int, default=1_000_000, help="about")
-    p.add_argument("--questions", type=int, default=600, help="in nq/test.jsonl")
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--pretraining-tokens", type=positive, default=1_000_000, help="about")
+    p.add_argument("--questions", type=positive, default=600, help="in nq/test.jsonl")
     p = commands.add_parser("serve", help="the teacher as an OpenAI-compatible server")
     p.add_argument("--world", required=True, metavar="DIR")
     p.add_argument("--host", default="127.0.0.1", help="loopback only unless you say otherwise")
-    p.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    p.add_argument("--port", type=natural, default=0, help="0 takes a free one")
     p.add_argument("--port-file", metavar="FILE", help="write the port there")
     p.add_argument("--with-parent", action="store_true", help="end when the process that started it ends")
     p = commands.add_parser("cover", help="mark the questions whose fact an imitation set states")

@@ -93,6 +93,33 @@ def test_the_mean_over_seeds_and_its_error():
     assert E.pooled(results[:1], "m") == (0.1, 0.5, 1) and E.pooled(results, "other") is None
 
 
+def test_results_of_other_settings_are_not_pooled_as_seeds(tmp_path):
+    for name, stop in (("a", "newline"), ("b", "newline"), ("c", "sentence")):
+        E.write_results(tmp_path / name, "nq", {"name": "m"}, {"exact_match": {"score": 0.5, "stderr": 0.1, "n": 4}}, {"shots": 0, "stop": stop, "data_hash": name}, [])
+    assert len(E.gather([tmp_path / "a", tmp_path / "a", tmp_path / "b"])["nq 0-shot", "m"]) == 2
+    with pytest.raises(E.UserError, match="stop"):
+        E.gather([tmp_path])
+
+
+def test_a_failed_request_is_counted_and_not_scored(world, tmp_path):
+    from test_imitation import Faulty
+    server = Faulty(lambda n, request, handler: 400 if n % 2 else {"content": "nothing"})
+    done = program("evaluate.py", "nq", "--endpoint", server.url, "--endpoint-model", "m", "--data", world / "world/nq/test.jsonl", "--out", tmp_path / "r", "--concurrency", "1")
+    result = json.loads((tmp_path / "r/m/results.json").read_text())
+    assert result["metrics"]["exact_match"]["n"] == 20 and result["model"]["failed"] == 20 and "20 of 40" in done.stderr
+
+
+def test_another_checkpoint_of_the_same_name_is_not_finished_already(world, tmp_path):
+    import shutil
+    shutil.copytree(world / "base", tmp_path / "base")
+    command = ["evaluate.py", "nq", "--data", world / "world/nq/test.jsonl", "--out", tmp_path / "r", "--max-new", "2", "--limit", "5", "--model"]
+    program(*command, tmp_path / "base")
+    raw = bytearray((tmp_path / "base/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "base/model.safetensors").write_bytes(raw)
+    assert "checkpoint was" in one_line(program(*command, tmp_path / "base", status=2))
+
+
 def test_a_claim_that_does_not_hold_is_said_not_to():
     result = lambda score, **card: {"model": {"name": "x", **card}, "metrics": {"exact_match": {"score": score, "stderr": 0.01, "n": 100}}}
     cards = {"small": {"name": "small", "base": "small", "parameters": 1, "tokens": 1}, "chat": {"name": "chat", "base": "small", "parameters": 1, "data": "sharegpt-mix", "tokens": 5}}

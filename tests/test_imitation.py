@@ -135,6 +135,59 @@ def test_five_refusals_from_the_start_stop_the_work(tmp_path):
     assert len(server.requests) <= 7
 
 
+def test_refusals_are_asked_again_by_a_later_run(tmp_path):
+    for behave, wanted in ((lambda n, request, handler: 400, ["refused"] * 3), (lambda n, request, handler: {}, ["ok"] * 3)):
+        with teacher(Faulty(behave), tmp_path) as t:
+            assert [r["status"] for _, r in t.ask(queries(3))] == wanted
+
+
+@pytest.mark.parametrize("usage", ["n/a", {"total_tokens": "12"}, None, [1]])
+def test_strange_usage_does_not_lose_a_reply(usage, tmp_path):
+    body = json.dumps({"choices": [{"message": {"content": "a \ud83d b"}, "finish_reason": "stop"}], "usage": usage})
+    with teacher(Faulty(lambda n, request, handler: body), tmp_path) as t:
+        assert [r["status"] for _, r in t.ask(queries(2))] == ["ok", "ok"]
+    data.write_jsonl(tmp_path / "out.jsonl", [{"text": "a \ud83d b"}])              # half an emoji can be written, and read again
+    assert lines_of(tmp_path / "out.jsonl") == [{"text": "a \ud83d b"}]
+
+
+def test_a_dripping_server_is_given_up(tmp_path):
+    def drip(n, request, handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(200):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    started = time.monotonic()
+    with teacher(Faulty(drip), tmp_path, retries=1, timeout=0.4) as t, pytest.raises(data.Failure, match="no whole reply"):
+        list(t.ask(queries(1)))
+    assert time.monotonic() - started < 8                                # it would drip for 20 s
+
+
+def test_equal_requests_under_way_are_asked_once(tmp_path):
+    server = Faulty(lambda n, request, handler: time.sleep(0.1) or {})
+    with teacher(server, tmp_path) as t:
+        assert len([r for _, r in t.ask(queries(1) * 5)]) == 5
+    assert len(server.requests) == 1
+
+
+def test_a_key_that_is_none_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-sec\nret")
+    with pytest.raises(data.UserError) as e:
+        I.Teacher("https://example.org/v1", "m", tmp_path / "j", key_env="MY_KEY")
+    assert "sk-sec" not in str(e.value)
+    monkeypatch.setenv("MY_KEY", "sk-fine\r\n")
+    assert I.Teacher("https://example.org/v1", "m", tmp_path / "j", key_env="MY_KEY").key == "sk-fine"
+    with pytest.raises(data.UserError, match="plain http"):
+        I.Teacher("http://127.evil.com/v1", "m", tmp_path / "k", key_env="MY_KEY")
+
+
+def test_a_teacher_without_pairs_is_a_failure(world, tmp_path):
+    server = Faulty(lambda n, request, handler: {"content": "I'd rather not."})
+    done = synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "50", status=1)
+    assert "reply without a pair" in done.stderr and not (tmp_path / "a.jsonl").exists()
+
+
 def test_replies_that_are_no_whole_answer_are_kept_apart(tmp_path):
     answers = [{"finish": "length"}, {"content": ""}, {"content": None}, {"finish": "content_filter"}, {}]
     server = Faulty(lambda n, request, handler: answers[int(request["messages"][0]["content"][1:])])
@@ -219,6 +272,7 @@ PAIRS = {
     "blank line between": ("Q: a?\n\nA: b", [("a?", "b")]),
     "question without answer": ("Q: a?\nQ: c?\nA: d", [("c?", "d")]),
     "answer without question": ("A: b\nQ: c?", []),
+    "marks within": ('Q: who sang it?\nA: "Bohemian Rhapsody" by Queen\nQ: what is __name__?\nA: **a variable**', [("who sang it?", '"Bohemian Rhapsody" by Queen'), ("what is __name__?", "a variable")]),
     "prose": ("I cannot do that. A: really? Also, apples.", []),
 }
 

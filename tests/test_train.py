@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,18 +226,40 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
     for step in (10, 20, 30):
         with torch.no_grad():
             parameters[0].fill_(step)
-        T.save_state(tmp_path, step, ["a", "b"], optimizer, 2)
+        T.save_state(tmp_path, step, {"tokens": step}, ["a", "b"], optimizer, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000020", "step-0000030"]
     file = tmp_path / "step-0000030/m.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert T.restore_state(tmp_path, ["a", "b"], optimizer) == 20 and parameters[0][0] == 20
+    assert T.restore_state(tmp_path, ["a", "b"], optimizer) == (20, {"tokens": 20}) and parameters[0][0] == 20 and not file.exists()
     assert "step-0000030: damaged (m.safetensors)" in capsys.readouterr().err
 
 
 def test_a_run_that_never_leaves_warm_up_says_so(world, tmp_path):
     assert "outlasts" in program(*finetune(world, tmp_path / "r", "--warmup", "100")).stderr
+
+
+def test_a_base_is_never_written_over(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "base/train.json").unlink()
+    before = (tmp_path / "base/model.safetensors").read_bytes()
+    line = one_line(program("train.py", "--model", tmp_path / "base", "--data", world / "chat", "--block", "64", "--tokens", "4k", "--out", tmp_path / "base", status=2))
+    assert "did not make" in line and (tmp_path / "base/model.safetensors").read_bytes() == before
+
+
+def test_another_shape_does_not_continue_a_run(world, tmp_path):
+    config = json.loads((world / "tiny.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    command = ["train.py", "--init", tmp_path / "c.json", "--data", world / "pretraining", "--out", tmp_path / "r", "--tokens", "4k", "--block", "128", "--warmup", "1"]
+    program(*command)
+    (tmp_path / "c.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    assert "init_hash" in one_line(program(*command, status=2))
+
+
+@pytest.mark.parametrize("flag, value", [("--micro-batch", "-5"), ("--lr", "nan"), ("--tokens", "0"), ("--seed", "-1"), ("--block", "0"), ("--warmup", "-3")])
+def test_senseless_numbers_are_one_line(flag, value, world, tmp_path):
+    one_line(program(*finetune(world, tmp_path / "r"), f"{flag}={value}", status=2))
 
 
 def test_the_bare_command_lists_what_is_missing(tmp_path):
