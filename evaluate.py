@@ -146,13 +146,14 @@ def each_model(args, settings):
                 return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
         yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
         return
-    from model import generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
+    from model import checkpoint_folder, generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    names = [Path(m).name for m in args.model]
+    paths = [checkpoint_folder(m) for m in args.model]
+    names = [Path(p).name for p in paths]
     if len(set(names)) < len(names):
         raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
-    for path in args.model:
+    for path in paths:
         read_config(path)                                                   # no checkpoint there: an error before any work
         folder, template = Path(args.out) / Path(path).name, template_of(path, args.template)
         own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
@@ -472,7 +473,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
-    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoints; each gets a folder of its name under --out")
+    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
     from imitation import add_endpoint_flags
     add_endpoint_flags(p, required=False)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")

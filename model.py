@@ -929,6 +929,11 @@ def load_weights(model, weights, config, where):
             weights.release()
 
 
+def checkpoint_folder(name):
+    """A folder as it is; the name of a preset that is no folder stands for weights/NAME."""
+    return f"weights/{name}" if name in PRESETS and not Path(name).is_dir() else name
+
+
 def read_config(folder):
     """(Config, config.json as a dict) of a checkpoint folder; Meta's layout has no such dict."""
     path = Path(folder) / "config.json"
@@ -1270,7 +1275,7 @@ def main():
     for name, text in (("generate", "a checkpoint's answers to a file of prompts"), ("chat", "talk to a checkpoint")):
         files = " --prompts heldout.jsonl --out replies.jsonl" if name == "generate" else ""
         p = commands.add_parser(name, help=text, example=f"python model.py {name} --model runs/llama7b{files}")
-        p.add_argument("--model", required=True, metavar="DIR")
+        p.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder, or a preset whose files lie in weights/")
         if files:
             p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
             p.add_argument("--out", required=True, metavar="FILE")
@@ -1287,7 +1292,8 @@ def main():
     if args.command == "info":
         return info(args.model)
     if args.command == "export":
-        return export(args.model, args.out, args.dtype)
+        return export(checkpoint_folder(args.model), args.out, args.dtype)
+    args.model = checkpoint_folder(args.model)
     prompts, device = read_prompts(args.prompts) if args.command == "generate" else None, pick_device(args.device)
     template, tokenizer = template_of(args.model, args.template), load_tokenizer(args.model)
     model = load(args.model, device, pick_dtype(args.dtype, device)).fuse()
