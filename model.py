@@ -463,6 +463,24 @@ def fused(*layers):
     return one
 
 
+class PackedLinear(nn.Module):
+    """A linear layer of bfloat16 weights on a CPU, in oneDNN's blocked layout: put in order once, not anew at every product (inference alone).
+
+    The two operators are those that torch.compile itself calls; twice as fast as F.linear at 16 rows.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.parts = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16), getattr(layer, "bias", None), getattr(layer, "parts", None)
+
+    @staticmethod
+    def fits(weight):
+        return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class RowParallel(Linear):
     """A linear layer whose inputs are shared out: the ranks' partial sums are added, the bias once, behind the sum."""
 
@@ -555,6 +573,7 @@ class Transformer(nn.Module):
         self.position = nn.Embedding(c.context, c.n_embd) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c, tp) for _ in range(c.n_layer))
         self.norm = Norm(c)
+        self.packed_head = None
         self.head = None if c.tied else Linear(c.n_embd, len(tp.part(c.vocab_size)), bias=False)
         self.register_buffer("frequency", rotary_frequencies(c) if c.position == "rotary" else None, persistent=False)
 
@@ -568,15 +587,25 @@ class Transformer(nn.Module):
         return self
 
     def fuse(self):
-        """For inference: q, k, v become one product, gate and up another. The parameters no longer have their published names."""
+        """For inference: q, k, v become one product, gate and up another, packed where that pays. The parameters lose their published names."""
+        pack = PackedLinear if PackedLinear.fits(self.output_weight) and self.tp.size == 1 else lambda layer: layer
         for block in self.blocks:
             a, m = block.attention, block.mlp
-            a.qkv = fused(a.q, a.k, a.v)
+            a.qkv, a.o = pack(fused(a.q, a.k, a.v)), pack(a.o)
             del a.q, a.k, a.v
             if m.gate is not None:
-                m.gate_up = fused(m.gate, m.up)
+                m.gate_up = pack(fused(m.gate, m.up))
                 del m.gate, m.up
+            else:
+                m.up = pack(m.up)
+            m.down = pack(m.down)
+        if pack is PackedLinear:
+            self.packed_head, self.head = pack(self.embedding if self.head is None else self.head), None
         return self
+
+    def project(self, h):
+        """Logits (…, V) of normed states (…, C), in their precision."""
+        return self.packed_head(h) if self.packed_head else F.linear(h, self.output_weight.to(h.dtype))
 
     @property
     def output_weight(self):
@@ -600,7 +629,7 @@ class Transformer(nn.Module):
 
     def logits(self, ids):
         """(B, T, V) in float32: for tests and small inputs; training and generation never build it."""
-        return F.linear(self.hidden(ids), self.output_weight.to(self.compute)).float()
+        return self.project(self.hidden(ids)).float()
 
     def forward(self, ids, targets, weights, starts=None):
         """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T)."""
@@ -1007,7 +1036,7 @@ class Cache:
     """Keys and values: a shared prefix (KV, P, D) and `slots` rows of `capacity` positions behind it, per layer."""
 
     def __init__(self, model, slots, capacity):
-        c, weight = model.config, model.output_weight
+        c, weight = model.config, model.embedding.weight
         self.k, self.v = (torch.zeros(c.n_layer, slots, c.n_kv_head, capacity, c.head_dim, dtype=model.compute, device=weight.device) for _ in range(2))
         self.prefix = [None] * c.n_layer
         self.new = [None] * c.n_layer
@@ -1083,7 +1112,7 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
     told of each finished row. `slots`: rows computed together; 0 takes what a cache of about 1 GiB (CPU) or half of the
     free memory (CUDA) holds. A prompt must be shorter than the context; it ends there at the latest.
     """
-    c, device = model.config, model.output_weight.device
+    c, device = model.config, model.embedding.weight.device
     if not prompts:
         return []
     for prompt in prompts:
@@ -1102,11 +1131,10 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
         slots = max(1, min(budget // row, 256 if device.type == "cuda" else 64))
     slots = min(slots, len(prompts))
     cache = Cache(model, slots, capacity)
-    matrix = model.output_weight.to(model.compute)
 
     def choose(h, rows):
         u = torch.tensor([uniform(seeds[r], len(new[r])) for r in rows], dtype=torch.float64) if temperature else None
-        return sample(F.linear(h, matrix).float(), temperature, top_k, top_p, None if u is None else u.to(device))
+        return sample(model.project(h).float(), temperature, top_k, top_p, None if u is None else u.to(device))
 
     if P:
         ids = torch.tensor([prompts[0][:P]], device=device)

@@ -376,6 +376,18 @@ def test_fused_products_change_nothing(name, tmp_path):
     assert torch.allclose(M.load(tmp_path).fuse().logits(ids), ours.logits(ids), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama, grouped queries", "llama", "gpt2"])
+def test_packed_bfloat16_products_are_as_good_as_plain_ones(name, tmp_path):
+    ours, _ = pair_of(name, tmp_path)
+    plain, packed = M.load(tmp_path, dtype=torch.bfloat16), M.load(tmp_path, dtype=torch.bfloat16).fuse()
+    if not M.PackedLinear.fits(plain.output_weight):
+        pytest.skip("this CPU has no bfloat16 products in oneDNN")
+    for shape in ((1, 1), (3, 20)):
+        ids = torch.randint(0, 101, shape)
+        error = lambda m: (m.logits(ids) - ours.logits(ids)).abs().max()
+        assert packed.packed_head is not None and error(packed) < 1.5 * error(plain) + 0.02
+
+
 def test_meta_checkpoints_are_exported_for_transformers(real, tmp_path):
     program("model.py", "export", "--model", real / "stories260k/meta", "--out", tmp_path / "hf")
     ids = torch.randint(3, 512, (1, 30))
