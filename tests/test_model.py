@@ -360,6 +360,19 @@ def test_chat_streams_whole_characters_and_remembers(real):
     assert out.startswith("> , there was a little girl named Lily.") and out.count("> ") == 3
 
 
+def test_streamed_text_never_takes_a_character_back(real):
+    """Token by token, also inside a character made of several byte tokens, as chat prints it."""
+    tokenizer = data.load_tokenizer(real / "stories260k/hf")
+    prompt, whole = [tokenizer.bos, *tokenizer.encode("He said:")], [tokenizer.bos, *tokenizer.encode("He said: größe 鸭 🦆👩‍🚀 end")]
+    new, shown = whole[len(prompt):], ""
+    assert whole[:len(prompt)] == prompt and len(new) > 25
+    for n in range(1, len(new) + 1):
+        text = data.continuation(tokenizer, prompt, new[:n]).rstrip("\ufffd")
+        assert text.startswith(shown) and "\ufffd" not in text
+        shown = text
+    assert shown == " größe 鸭 🦆👩‍🚀 end"
+
+
 def test_generation_ends_at_a_stop_text_cut_across_tokens(real):
     folder = real / "stories260k/hf"
     model, tokenizer = M.load(folder), data.load_tokenizer(folder)
