@@ -30,11 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                                        # optional: only the path `triton` of attention needs it
-    triton = None
+triton = None
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):      # elsewhere it would only cost memory and start-up time
+    with contextlib.suppress(ImportError):                               # optional: only the path `triton` of attention needs it
+        import triton
+        import triton.language as tl
 
 from data import (Parser, SPECIAL, UserError, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
                   read_prompts, real, render, run, stop_rule, visible, write_json, write_jsonl)
@@ -371,7 +371,7 @@ def flash_attention(q, k, v, starts=None):
     where its conversation begins in a packed stream; None: 0 everywhere.
     """
     if triton is None:
-        raise UserError("--attention triton needs the package triton: pip install triton")
+        raise UserError("--attention triton needs a CUDA GPU and the package triton (pip install triton); TRITON_INTERPRET=1 runs it on a CPU, slowly")
     if q.shape[-1] not in (16, 32, 64, 128) or q.shape[1] % k.shape[1]:
         raise UserError(f"--attention triton: q {tuple(q.shape)}, k {tuple(k.shape)}: needs a head size of 16, 32, 64 or 128 and H a multiple of KV")
     if starts is None:
