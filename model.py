@@ -1174,10 +1174,11 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
             last += tokens
             fresh = range(n, n + len(rows))
         else:
-            position = torch.tensor(at, device=device)
+            idle = [0] * (min(slots, -(-len(live) // 8) * 8) - len(live))                   # few batch sizes: oneDNN compiles for each
+            position = torch.tensor(at + idle, device=device)
             length = min(capacity, -(-(max(at) + 1) // 64) * 64)
-            h = model.hidden(torch.tensor(last, device=device)[:, None], (position + P)[:, None], cache.attend_step(position, length))
-            last = choose(h[:, 0], live).tolist()
+            h = model.hidden(torch.tensor(last + idle, device=device)[:, None], (position + P)[:, None], cache.attend_step(position, length))
+            last = choose(h[:len(live), 0], live).tolist()
             fresh = range(len(live))
         for slot in reversed(fresh):
             at[slot] += 1
