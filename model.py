@@ -16,6 +16,7 @@ References: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (LLaMA), and transf
 whose logits these are.
 """
 import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -29,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 triton = None
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):      # elsewhere it would only cost memory and start-up time
@@ -195,6 +197,8 @@ class TensorParallel:
         """(dimension, range) in which this rank holds the parameter `name` of a model of Config c; None where it holds all of it."""
         layer, _, kind = name.rpartition(".")
         layer = layer.rpartition(".")[2]
+        if self.size == 1:
+            return None
         if layer in ("embedding", "head"):
             return 0, self.part(c.vocab_size)
         if layer in ("q", "k", "v", "o"):
@@ -207,6 +211,46 @@ class TensorParallel:
         if layer in ("o", "down"):
             return (1, rows) if kind == "weight" else None
         return 0, rows
+
+
+def shard(model, mesh):
+    """Spread every parameter over the data-parallel ranks of `mesh` (ZeRO stage 3, torch's fully_shard), gathered block by block in the precision of `compute`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=model.compute if model.compute != torch.float32 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):                                                   # the embedding, the head and the last norm go with the root
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def local(p):
+    """The part of a parameter, or of a moment beside it, that lies in this process."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def region(shape, cut, rank=0, size=1):
+    """Slices of a whole tensor that a process holds: its `cut` under tensor parallelism, of that the rank-th of `size` pieces of rows (as fully_shard has them)."""
+    slices = [slice(0, n) for n in shape]
+    if cut:
+        slices[cut[0]] = slice(cut[1].start, cut[1].stop)
+    first, end = slices[0].start, slices[0].stop
+    rows = -(-(end - first) // size)
+    slices[0] = slice(min(first + rank * rows, end), min(first + (rank + 1) * rows, end))
+    return tuple(slices)
+
+
+def held(p, shape, cut):
+    """`region` of a parameter as it is."""
+    return region(shape, cut, p.device_mesh.get_local_rank(), p.device_mesh.size()) if hasattr(p, "device_mesh") else region(shape, cut)
+
+
+def whole(p, shape, cut, tp):
+    """The whole tensor of which every process holds a part; all of them call this together."""
+    p = p.full_tensor() if hasattr(p, "full_tensor") else p
+    if cut:
+        full = p.new_zeros(shape)
+        full[region(shape, cut)] = p
+        dist.all_reduce(full, group=tp.group)
+        return full
+    return p
 
 
 # --- the attention kernel -------------------------------------------------------------------------------------------------
@@ -534,6 +578,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). `recompute`: keep the input alone and compute the rest again in the backward pass (Chen et al. 2016)."""
+    recompute = False
 
     def __init__(self, c, tp):
         super().__init__()
@@ -542,6 +588,11 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = Norm(c), MLP(c, tp)
 
     def forward(self, x, rotary, attend):
+        if self.recompute and torch.is_grad_enabled():                                      # inside the module: fully_shard's hooks stay outside
+            return checkpoint(self._forward, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, rotary, attend)
+
+    def _forward(self, x, rotary, attend):
         x = x + self.attention(self.tp.copy(self.attention_norm(x)), rotary, attend)
         return x + self.mlp(self.tp.copy(self.mlp_norm(x)))
 
@@ -579,11 +630,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed):
-        """GPT-2's initialisation: normal 0.02, the two projections into the residual stream divided by √(2 · layers)."""
-        generator = torch.Generator().manual_seed(seed)
+        """GPT-2's initialisation: normal 0.02, the two projections into the residual stream divided by √(2 · layers); the same however the model is spread."""
+        generator, shapes = torch.Generator().manual_seed(seed), whole_shapes(self.config)
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02, generator=generator)
+            tensor = torch.full(shapes[name], float(name.endswith("norm.weight")))
+            if tensor.dim() == 2:
+                tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02, generator=generator)
+            local(p).copy_(tensor[held(p, tensor.shape, self.tp.cut(self.config, name))])
         return self
 
     def fuse(self):
@@ -631,10 +684,17 @@ class Transformer(nn.Module):
         """(B, T, V) in float32: for tests and small inputs; training and generation never build it."""
         return self.project(self.hidden(ids)).float()
 
-    def forward(self, ids, targets, weights, starts=None):
-        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T)."""
-        h, keep = self.hidden(ids, starts=starts), weights > 0
-        return cross_entropy(self.tp.copy(h[keep]), self.output_weight, targets[keep], weights[keep], tp=self.tp, first=self.embedding.first)
+    def forward(self, ids, targets, weights, starts=None, base=None, kl=0.0):
+        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T).
+
+        The loss is made inside forward, where DDP's and fully_shard's hooks see it. targets None: the states of those positions
+        instead, (N, C). With `base`, the original model's (states, output weight, vocabulary): (loss + kl · KL, KL).
+        """
+        keep = weights > 0
+        h = self.hidden(ids, starts=starts)[keep]
+        if targets is None:
+            return h
+        return cross_entropy(self.tp.copy(h), self.output_weight, targets[keep], weights[keep], tp=self.tp, first=self.embedding.first, base=base, beta=kl)
 
 
 def n_parameters(c):
@@ -649,57 +709,75 @@ def flops_per_token(c, length):
 
 # --- loss -----------------------------------------------------------------------------------------------------------------
 
+def log_softmax(z, tp):
+    """Of rows that may be cut into the ranks' columns: no rank ever sees all of one."""
+    if tp.size == 1:
+        return z.log_softmax(-1)
+    highest = z.amax(-1, keepdim=True)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=tp.group)
+    z = z - highest
+    total = z.exp().sum(-1, keepdim=True)
+    dist.all_reduce(total, group=tp.group)
+    return z.sub_(total.log_())
+
+
 class _CrossEntropy(torch.autograd.Function):
     """loss = Σ w (log Σ exp z − z_target), z = h Wᵀ in chunks; the gradient is made while a chunk's logits are at hand.
 
     dz = w (softmax z − onehot), dh = dz W, dW = dzᵀ h: three products and no (positions, vocabulary) tensor beyond one chunk.
+    With a base model's p: + β Σ w KL(p‖softmax z), over the base's own vocabulary; its dz is β w (softmax z − p) there.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, w, chunk, tp, first):
+    def forward(ctx, h, weight, targets, w, chunk, tp, first, base, beta):
         need_h, need_w = ctx.needs_input_grad[:2]
         matrix = weight.to(h.dtype)
-        loss = torch.zeros((), device=h.device)
+        loss, kl = torch.zeros(2, device=h.device)
         dh = torch.zeros_like(h) if need_h else None
-        dw = torch.zeros_like(weight) if need_w else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         for at in range(0, len(h), chunk):
             piece = slice(at, at + chunk)
-            z = (h[piece] @ matrix.T).float()                                               # (chunk, V)
-            target, mine = targets[piece, None] - first, w[piece, None]
-            if tp.size == 1:
-                log_p = z.log_softmax(-1)
-            else:                                                                           # no rank ever sees all of a row
-                highest = z.amax(-1, keepdim=True)
-                dist.all_reduce(highest, dist.ReduceOp.MAX, group=tp.group)
-                total = (z - highest).exp().sum(-1, keepdim=True)
-                dist.all_reduce(total, group=tp.group)
-                log_p = z - highest - total.log()
-                mine = mine * ((target >= 0) & (target < len(matrix)))                      # weight of targets in this rank's rows
-                target = target.clamp(0, len(matrix) - 1)
+            z, scale = (h[piece] @ matrix.T).float(), w[piece, None]                        # (chunk, V)
+            target = targets[piece, None] - first
+            mine = scale * ((target >= 0) & (target < len(matrix)))                         # weight of the targets among this rank's rows
+            target = target.clamp(0, len(matrix) - 1)
+            log_p = log_softmax(z, tp)
             loss -= (mine * log_p.gather(1, target)).sum()
+            dz = log_p.exp_().mul_(scale).scatter_add_(1, target, -mine)
+            if base:
+                states, base_weight, vocabulary = base
+                known = max(0, min(vocabulary - first, len(matrix)))                        # this rank's rows that the base has
+                log_m, log_b = log_softmax(z[:, :known], tp), log_softmax((states[piece] @ base_weight[:known].T).float(), tp)
+                kl += (scale * log_b.exp() * (log_b - log_m)).sum()
+                dz[:, :known] += beta * scale * (log_m.exp_() - log_b.exp_())
             if need_h or need_w:
-                dz = (log_p.exp_() * w[piece, None]).scatter_add_(1, target, -mine).to(h.dtype)
-                if need_h:
-                    dh[piece] = dz @ matrix
-                if need_w:
-                    dw += dz.T @ h[piece]
+                dz = dz.to(h.dtype)
+            if need_h:
+                dh[piece] = dz @ matrix
+            if need_w:
+                dw += dz.T @ h[piece]
         if tp.size > 1:
             dist.all_reduce(loss, group=tp.group)
+            dist.all_reduce(kl, group=tp.group)
         ctx.save_for_backward(dh, dw)
-        return loss
+        ctx.mark_non_differentiable(kl)
+        return loss + beta * kl, kl
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, _):
         dh, dw = ctx.saved_tensors
-        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None, None, None
+        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None, None, None, None, None
 
 
-def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=0):
+def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=0, base=None, beta=0.0):
     """Σ w · cross-entropy of softmax(h weightᵀ) against targets; h (N, C), weight (V, C), targets and w (N,).
 
     Under tensor parallelism `weight` is this rank's rows of the vocabulary, from row `first` on, and dh its share of the gradient.
+    base: (states (N, C), output weight (V, C) or this rank's rows, vocabulary) of a model to stay close to; then (loss + β · KL, KL)
+    with KL = Σ w · KL(base‖model).
     """
-    return _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])), tp, first)
+    loss, kl = _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])), tp, first, base, beta)
+    return (loss, kl) if base else loss
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------------
@@ -782,6 +860,7 @@ def write_safetensors(path, tensors):
     """Write {name: tensor or function that makes it, with its dtype and shape} atomically.
 
     `tensors` is [(name, dtype, shape, get)]: `get()` is called when its turn comes, so that one tensor is in memory at a time.
+    Returns [size, SHA-256] of the file.
     """
     header, at = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -792,11 +871,15 @@ def write_safetensors(path, tensors):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        checksum = hashlib.sha256(head := len(text).to_bytes(8, "little") + text)
+        f.write(head)
         for name, dtype, shape, get in tensors:
             tensor = get().detach().to("cpu", dtype).contiguous()
             assert tensor.shape == torch.Size(shape), (name, tensor.shape, shape)
-            f.write(tensor.view(-1).view(torch.uint8).numpy())
+            raw = tensor.view(-1).view(torch.uint8).numpy()
+            checksum.update(raw)
+            f.write(raw)
+    return [8 + len(text) + at, checksum.hexdigest()]
 
 
 class Weights:
@@ -928,7 +1011,7 @@ def load_weights(model, weights, config, where):
     Where the model has more rows of vocabulary than the checkpoint (added tokens), the new ones are the mean of the old.
     A missing, unexpected or misshapen tensor is an error that names it.
     """
-    ours, shapes, names = dict(model.named_parameters()), whole_shapes(config), published_names(config)
+    ours, shapes, grown, names = dict(model.named_parameters()), whole_shapes(config), whole_shapes(model.config), published_names(config)
     prefix = "" if any(n in weights.where for n in names) else "transformer."      # the original GPT-2 files lack the prefix
     ignorable = {"lm_head.weight"} if config.tied else set()
     unexpected = [n for n in weights.where if prefix + n not in names and n not in ignorable and not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
@@ -945,16 +1028,12 @@ def load_weights(model, weights, config, where):
                 raise UserError(f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the config wants {list(want)}")
             tensor = tensor.T if transposed else tensor
             for part, piece in zip(parts, tensor.split([shapes[p][0] for p in parts])):
-                cut = model.tp.cut(model.config, part)
-                if cut is None:
-                    ours[part].copy_(piece)
-                    continue
-                dim, rows = cut
-                old = min(rows.stop, piece.shape[dim]) - rows.start                # rows that the checkpoint has
-                if old > 0:
-                    ours[part].narrow(dim, 0, old).copy_(piece.narrow(dim, rows.start, old))
-                if old < len(rows):
-                    ours[part][max(0, old):] = piece.mean(0, dtype=torch.float32).to(ours[part])
+                p, mine = ours[part], local(ours[part])
+                at = held(p, grown[part], model.tp.cut(model.config, part))
+                old = min(max(0, len(piece) - at[0].start), len(mine))                      # rows of this process that the checkpoint has
+                mine[:old] = piece[at]
+                if old < len(mine):
+                    mine[old:] = piece.mean(0, dtype=torch.float32).to(mine)
             weights.release()
 
 
@@ -974,10 +1053,12 @@ def read_config(folder):
     return config_from_hf(d, path), d
 
 
-def empty_model(config, device, dtype, compute, attention_path="sdpa", tp=TensorParallel()):
-    """A Transformer of parameters in `dtype` that nothing has been written into yet; nothing is allocated twice."""
+def empty_model(config, device, dtype, compute, attention_path="sdpa", tp=TensorParallel(), mesh=None):
+    """A Transformer of parameters in `dtype` that nothing has been written into yet, spread over `mesh` where there is one; nothing is allocated twice."""
     with torch.device("meta"):
         model = Transformer(config, compute, attention_path, tp).to(dtype)
+    if mesh:
+        shard(model, mesh)
     model = model.to_empty(device=device)
     if config.position == "rotary":
         model.frequency = rotary_frequencies(config).to(device)                             # a buffer, emptied like the rest
@@ -993,11 +1074,16 @@ def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
     return model.eval().requires_grad_(False)
 
 
-def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, extra=None):
+def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, writes=True):
     """Write the Hugging Face layout; `get(our parameter name)` returns the whole tensor, and is called once each in one order.
 
-    config.json is written last: a folder with one is complete. Under parallelism every rank calls `get`, rank 0 writes.
+    config.json is written last: a folder with one is complete. Under parallelism every rank calls this, one `writes`.
     """
+    if not writes:
+        for parts, _ in published_names(config).values():
+            for p in parts:
+                get(p)
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes, tensors = whole_shapes(config), []
@@ -1023,7 +1109,7 @@ def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, e
                                                              "weight_map": {e[0]: file for file, shard in zip(files, shards) for e in shard}})
     if tokenizer:
         tokenizer.export(folder, template)
-    write_json(folder / "config.json", {**config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch."), **({"template": template} if template else {}), **(extra or {})})
+    write_json(folder / "config.json", {**config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch."), **({"template": template} if template else {})})
 
 
 # --- generation -----------------------------------------------------------------------------------------------------------------
