@@ -232,7 +232,8 @@ def start_ranks(args, device):
         return Ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     mesh = dist.init_device_mesh(device.type, (world // args.tp, args.tp), mesh_dim_names=("dp", "tp"))
     dp, tp = mesh["dp"], mesh["tp"]
     return Ranks(rank, world, dp.get_local_rank(), dp.size(), dp.get_group(), dp if args.dp == "fsdp" and dp.size() > 1 else None,
