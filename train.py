@@ -51,7 +51,7 @@ def parse_args():
     p.add_argument("--epochs", type=positive, default=1, help="§4.1: one")
     p.add_argument("--block", type=positive, default=2048, help="tokens a block (§4.1); the model's context where that is shorter")
     p.add_argument("--batch", type=positive, default=32, metavar="BLOCKS", help="blocks a step (§4.1)")
-    p.add_argument("--batch-tokens", type=count, metavar="N", help="tokens a step instead of --batch: 64k holds the paper's step where the context is shorter than 2048")
+    p.add_argument("--batch-tokens", type=count, metavar="N", help="tokens a step instead of --batch: 65536 holds the paper's step where the context is shorter than 2048")
     p.add_argument("--micro-batch", type=natural, default=0, metavar="BLOCKS", help="blocks computed at once on a device; 0 is what fits of the device's share")
     p.add_argument("--one-per-row", action="store_true", help="one conversation a row instead of one stream cut into blocks")
     p.add_argument("--optimizer", choices=["scaled", "adamw"], default="scaled", help="scaled: updates re-scaled by the magnitude of each weight (§4.1)")
@@ -523,7 +523,7 @@ def open_blocks(args, config, say):
     """The run's blocks, replay among them; --block and --batch as they are carried out."""
     if args.block > config.context:
         say(f"--block {args.block}: the model's context is {config.context} tokens; using blocks of {config.context}" + (
-            "" if args.batch_tokens else " (--batch-tokens 64k would hold the paper's tokens a step)"), file=sys.stderr)
+            "" if args.batch_tokens else " (--batch-tokens 65536 would hold the paper's tokens a step)"), file=sys.stderr)
         args.block = config.context
     if args.batch_tokens:
         args.batch = max(1, args.batch_tokens // args.block)

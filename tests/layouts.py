@@ -44,11 +44,13 @@ def run(folder, dp, tp, kl, states, saved):
     base = M.read_config(folder)[0]
     config = T.replace(base, vocab_size=base.vocab_size + 2)
     args = argparse.Namespace(init=None, base=folder, seed=0, dp=dp, tp=tp, kl=kl, recompute=kl > 0, compile=False, optimizer="scaled", weight_decay=1e-4, clip=1.0,
-                              batch=5, micro_batch=2, loss_norm="row", doc_mask=False)
+                              batch=5, micro_batch=2, block=12, loss_norm="row", doc_mask=False)
     ranks = T.start_ranks(args, torch.device("cpu"))
     trainer = T.Trainer(args, config, base, ranks, torch.device("cpu"), torch.float32, "sdpa")
     start = trainer.state.restore(states)[0] if states else 0
-    out = {"losses": [], "norms": []}
+    held = sum(M.local(p).numel() * 4 for p in trainer.optimizer.params), sum(M.local(t).numel() * 4 for t in trainer.optimizer.m + trainer.optimizer.v)
+    planned = T.plan(args, config, ranks.world, torch.float32, "sdpa")
+    out = {"losses": [], "norms": [], "bytes": [list(map(max, zip(*ranks.gather(held)))), [planned["weights"], planned["optimizer"]], planned["gradients"]]}
     for step in range(start, STEPS):
         batches, _ = T.share(args, Rows(config.vocab_size), step, ranks.dp, ranks.dp_size)
         loss, divergence, _ = trainer.gradients(batches)

@@ -73,6 +73,33 @@ def test_a_layout_continues_what_another_saved(runs, model, layout):
     assert_same(one["weights"], many["weights"], 2e-4)
 
 
+@pytest.mark.parametrize("model, layout", cases())
+def test_the_plan_has_the_bytes_of_the_fullest_rank_exactly(runs, model, layout):
+    held, planned, gradients = compared(runs, model, layout, 0.0)[1]["bytes"]
+    assert held == planned and gradients == held[0]
+
+
+@pytest.mark.parametrize("config", [M.llama(3, 6, 96, 200, n_kv_head=2, head_dim=16, vocab_size=500, context=64), M.gpt2(3, 4, 64, vocab_size=500, context=64)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("path", ["sdpa", "eager"])
+def test_the_plan_has_the_bytes_that_autograd_saves(config, compute, path):
+    args = argparse.Namespace(tp=1, dp="ddp", batch=4, micro_batch=2, block=64, kl=0.0, recompute=False)
+    model = M.Transformer(config, compute, path).initialize(0)
+    ids, weights = torch.randint(0, 500, (2, 64)), torch.zeros(2, 64)
+    weights[:, ::2] = 0.01
+    saved = T.saved_bytes(lambda: model(ids, ids, weights), model.parameters())
+    assert T.plan(args, config, 1, compute, path, loss_share=0.5)["activations"] == pytest.approx(saved, rel=0.1)
+
+
+def test_recomputing_keeps_the_blocks_inputs_alone():
+    config = M.llama(8, 4, 64, 170, vocab_size=500, context=64)
+    args = argparse.Namespace(tp=1, dp="ddp", batch=4, micro_batch=4, block=64, kl=0.0, recompute=True)
+    lean = T.plan(args, config, 1, torch.float32, "sdpa")["activations"]
+    args.recompute = False
+    full = T.plan(args, config, 1, torch.float32, "sdpa")["activations"]
+    assert full - lean > 8 * 4 * 64 * 64 * 4 * 5
+
+
 def test_five_steps_move_the_weights_by_far_more_than_the_tolerance(runs):
     for n, gradient in runs["llama", "one", 0.0]["gradients"].items():
         assert gradient.abs().max() > 1e-4, n

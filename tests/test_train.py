@@ -112,6 +112,25 @@ def test_scaled_optimizer_is_the_formula_of_the_docstring():
         assert np.allclose(x.detach().numpy(), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_scaled_optimizer_is_optaxs(pieces):
+    """EasyLM's composition in optax 0.2, 20 steps (optimizer.json says how it was made); also where a tensor lies in three parts, as fused or cut ones do."""
+    golden = json.loads((ROOT / "tests/optimizer.json").read_text())
+    tensors = {n: torch.tensor(golden["initial"][n]).view(s) for n, s in golden["shapes"].items()}
+    groups = [[torch.nn.Parameter(x.clone()) for x in t.tensor_split(pieces, -1) if x.numel()] for t in tensors.values()]
+    optimizer, checked = T.Optimizer("scaled", groups, 1e-4, 1.0), 0
+    for t, gradients in enumerate(golden["gradients"]):
+        for group, (n, shape) in zip(groups, golden["shapes"].items()):
+            for p, g in zip(group, torch.tensor(gradients[n]).view(shape).tensor_split(pieces, -1)):
+                p.grad = g.clone()
+        optimizer.step(t, 2e-2 * min(1, t / 5))
+        for group, (n, shape) in zip(groups, golden["shapes"].items()):
+            if wanted := golden["after"].get(str(t + 1)):
+                assert (torch.cat([p.detach() for p in group], -1) - torch.tensor(wanted[n]).view(shape)).abs().max() <= 1e-6, (t, n)
+                checked += 1
+    assert checked == 5 * 4
+
+
 def test_adamw_is_torchs():
     torch.manual_seed(0)
     a, b = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
@@ -263,6 +282,92 @@ def test_another_shape_does_not_continue_a_run(world, tmp_path):
 @pytest.mark.parametrize("flag, value", [("--micro-batch", "-5"), ("--lr", "nan"), ("--tokens", "0"), ("--seed", "-1"), ("--block", "0"), ("--warmup", "-3")])
 def test_senseless_numbers_are_one_line(flag, value, world, tmp_path):
     one_line(program(*finetune(world, tmp_path / "r"), f"{flag}={value}", status=2))
+
+
+def test_replay_adds_blocks_of_text_to_the_same_imitation_blocks(world):
+    text = T.Blocks(world / "pretraining", 64)
+    alone, mixed = T.Blocks(world / "chat", 64, 4000), T.Blocks(world / "chat", 64, 4000, replay=text, fraction=0.2, seed=3)
+    assert mixed.n == alone.n == 62 and mixed.n_replay == 16                               # 16 of 78 blocks: a fifth
+    rows = np.concatenate([mixed.rows_of_step(3, step, 8) for step in range(10)])
+    assert sorted(rows) == list(range(78)) and mixed.count(rows) == (62 * 64, 16 * 64)
+    ids, _, mask = mixed.read(rows[rows >= 62])
+    assert mask.all()                                                                      # loss on every token of the text
+    assert len(set(mixed.replayed)) == 16 and (ids[0] == text.packed.block(mixed.replayed[rows[rows >= 62][0] - 62], 64)[0]).all()
+    assert (mixed.read([5])[0] == alone.read([5])[0]).all()
+    starts = mixed.conversation_starts([62])[0]
+    at = mixed.replayed[0] * 64
+    assert set(np.unique(starts)) - {0} == {s - at for s in text.packed.starts if at < s < at + 64}
+
+
+def test_replay_and_kl_make_a_run_of_their_own(world, tmp_path):
+    program(*finetune(world, tmp_path / "r", "--replay", "0.2", "--replay-data", world / "pretraining", "--kl", "0.5"))
+    log, record = lines_of(tmp_path / "r/log.jsonl"), data.read_json(tmp_path / "r/train.json")
+    assert record["tokens"] == 62 * 64 and record["replay_tokens"] == 16 * 64 and len(log) == 10
+    assert log[0]["kl"] < 1e-6 < log[-1]["kl"]
+    assert "belong together" in program(*finetune(world, tmp_path / "s", "--replay", "0.2"), status=2).stderr
+
+
+def test_a_strong_kl_keeps_the_model_at_its_base(world, reference, tmp_path):
+    program(*finetune(world, tmp_path / "r", "--kl", "100"))
+    base = weights_of(world / "base")
+    moved = [sum((weights_of(f)[n][:len(t)] - t).square().sum().item() for n, t in base.items()) for f in (reference, tmp_path / "r")]
+    divergence = lines_of(tmp_path / "r/log.jsonl")[-1]["kl"]
+    assert divergence < 0.05 and moved[1] != moved[0]
+
+
+def test_held_out_loss_is_the_models_own(world, tmp_path):
+    program(*finetune(world, tmp_path / "r", "--eval-data", world / "chat", "--eval-every", "4", "--micro-batch", "3"))
+    found = {e["step"]: e["eval_loss"] for e in lines_of(tmp_path / "r/log.jsonl") if "eval_loss" in e}
+    assert sorted(found) == [0, 4, 8] and found[8] < found[0]
+    blocks, model = T.Blocks(world / "chat", 64), M.load(tmp_path / "r")
+    ids, targets, mask = (torch.from_numpy(x.astype(np.int64)) for x in blocks.read(range(blocks.n)))
+    with torch.no_grad():
+        total = sum(model(ids[i:i + 50], targets[i:i + 50], mask[i:i + 50].float()) for i in range(0, blocks.n, 50))
+    assert found[8] == pytest.approx(total.item() / mask.sum().item(), abs=1e-4)
+
+
+def test_batch_tokens_hold_the_paper_s_step_and_warm_up_takes_a_share(world, tmp_path):
+    done = program(*finetune(world, tmp_path / "r", "--batch-tokens", "1024", "--warmup", "50%"))
+    log = lines_of(tmp_path / "r/log.jsonl")
+    assert len(log) == 4 and log[0]["tokens"] == 16 * 64 and [round(e["lr"] / 2e-3, 3) for e in log] == [0, 0.5, 1, 1], done.stderr
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(world, reference, tmp_path):
+    command = [sys.executable, *map(str, finetune(world, tmp_path / "r", "--save-every", "0"))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r/log.jsonl").is_file() or not (tmp_path / "r/log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command continues" in stderr
+    assert len(list((tmp_path / "r/trainer").glob("step-???????"))) == 1
+    program(*finetune(world, tmp_path / "r", "--save-every", "0"))
+    assert (tmp_path / "r/model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_named(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    file = M.Safetensors(tmp_path / "base/model.safetensors")
+    tensors = {n: file.get(n).clone() for n in file.entries}
+    tensors["model.norm.weight"][0] = float("nan")
+    M.write_safetensors(tmp_path / "base/model.safetensors", [(n, t.dtype, t.shape, lambda t=t: t) for n, t in tensors.items()])
+    done = program("train.py", "--model", tmp_path / "base", "--data", world / "chat", "--out", tmp_path / "r", "--tokens", "8k", "--block", "64", "--batch", "8", status=1)
+    skipped = [line for line in done.stderr.splitlines() if "step skipped (blocks" in line]
+    assert len(skipped) == 11 and skipped[0].startswith("step 0: loss nan") and "more than 10 steps in a row" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_too_large_for_the_device_stops_before_loading_and_says_what_fits(world, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 80, "num_attention_heads": 64, "hidden_size": 8192, "intermediate_size": 22016, "max_position_embeddings": 2048}))
+    line = one_line(program("train.py", "--init", tmp_path / "c.json", "--data", world / "pretraining", "--out", tmp_path / "r", "--block", "2048", status=2))
+    assert "GB on each of 1 ranks" in line and "--dp fsdp" in line and not (tmp_path / "r/config.json").exists()
+
+
+def test_the_plan_needs_neither_weights_nor_a_gpu(tmp_path):
+    done = program("train.py", "--model", "llama13b", "--dp", "fsdp", "--tp", "2", "--world", "8", "--plan", "--data", tmp_path, "--weights", tmp_path)
+    rows = {line.rsplit(None, 1)[0].strip(): line.split()[-1] for line in done.stdout.splitlines()}
+    assert "13,015,884,800 parameters" in done.stdout and (rows["weights"], rows["optimizer"]) == ("6.51", "13.02") and "fits in 74 GB" in done.stdout
+    assert "DOES NOT FIT" in program("train.py", "--model", "llama7b", "--plan", "--data", tmp_path, "--weights", tmp_path).stdout
 
 
 def test_the_bare_command_lists_what_is_missing(tmp_path):
