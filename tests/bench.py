@@ -3,7 +3,9 @@
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
+    python tests/bench.py train                 training steps beside a plain transformers + torch.optim loop; DDP beside one process
 """
+import argparse
 import json
 import multiprocessing
 import random
@@ -198,14 +200,131 @@ def loading(args):
         print(f"{seconds:.1f} s")
 
 
+SHAPES = {"llama 58M": dict(n_layer=8, n_head=8, n_embd=512, mlp_dim=1376, vocab_size=32000, context=2048), "gpt2 124M": dict(n_layer=12, n_head=12, n_embd=768)}
+STEPS = 6
+
+
+def batch_of(vocab_size):
+    """4 × 512 tokens, half of the positions with loss, in runs as conversations have them."""
+    import torch
+    ids = torch.randint(0, vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:], (torch.arange(512) // 64 % 2).expand(4, 512)
+
+
+def our_steps(name, ranks):
+    """Steps of train.py's Trainer in bfloat16; under DDP each of `ranks` processes takes its share of the rows with one thread."""
+    import torch
+    import model as M
+    import train as T
+    shape = dict(SHAPES[name])
+    config = (M.llama if name.startswith("llama") else M.gpt2)(shape.pop("n_layer"), shape.pop("n_head"), shape.pop("n_embd"), *([shape.pop("mlp_dim")] if "mlp_dim" in shape else []), **shape)
+    args = argparse.Namespace(init="random", seed=0, dp="ddp", tp=1, kl=0.0, recompute=False, compile=False, optimizer="scaled", weight_decay=1e-4, clip=1.0)
+    place = T.start_ranks(args, torch.device("cpu"))
+    trainer = T.Trainer(args, config, config, place, torch.device("cpu"), torch.bfloat16, "sdpa")
+    ids, targets, mask = batch_of(config.vocab_size)
+    weights = torch.from_numpy(T.loss_weights(mask.numpy(), "row"))
+    batch = [tuple(x[place.dp::ranks] for x in (ids, targets, weights))]
+
+    def ready(n=STEPS):
+        for t in range(n):
+            trainer.gradients(batch)
+            trainer.optimizer.step(t, 1e-3)
+        return n * 2048
+    ready(1)
+    return ready
+
+
+def their_steps(name, _):
+    """A plain loop over transformers' model: float32 weights, bfloat16 autocast, labels of -100, torch's AdamW."""
+    import torch
+    import transformers
+    shape = SHAPES[name]
+    if name.startswith("llama"):
+        config = transformers.LlamaConfig(num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], hidden_size=shape["n_embd"], intermediate_size=shape["mlp_dim"], vocab_size=32000)
+    else:
+        config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids, targets, mask = batch_of(config.vocab_size)
+    labels = torch.cat([ids[:, :1], targets.where(mask > 0, -100)[:, :-1]], 1)             # transformers moves them by one itself
+
+    def ready(n=STEPS):
+        for _ in range(n):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return n * 2048
+    ready(1)
+    return ready
+
+
+def ddp_steps(name, ranks):
+    """our_steps as `ranks` processes of one thread each; this one is rank 0."""
+    import os
+    import torch
+    torch.set_num_threads(1)
+    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 60000))}
+    context = multiprocessing.get_context("spawn")
+    for rank in range(1, ranks):
+        os.environ["RANK"] = str(rank)
+        context.Process(target=_other_rank, args=(name, ranks)).start()
+    os.environ["RANK"] = "0"
+    return our_steps(name, ranks)
+
+
+def _other_rank(name, ranks):
+    import torch
+    torch.set_num_threads(1)
+    our_steps(name, ranks)()
+
+
+def product_rate(_):
+    """bfloat16 multiply-adds × 2 a second of 2048³ products, the ceiling of any training step here."""
+    import torch
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+
+    def ready():
+        best = 0.0
+        for _ in range(10):
+            started = time.perf_counter()
+            a @ b
+            best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
+        return best
+    return ready
+
+
+def train(args):
+    import model as M
+    rows, rate = [["shape", "ours tok/s", "transformers tok/s", "ratio", "ours MiB", "its MiB", "ratio", "of the product rate"]], 0.0
+    for name, shape in SHAPES.items():
+        pairs = []
+        for _ in range(args.runs):
+            (n, s, m), (n_, s_, m_) = measured(our_steps, name, 1), measured(their_steps, name, 1)
+            pairs.append((n / s / (n_ / s_), n / s, n_ / s_, m, m_))
+            rate = max(rate, measured(product_rate, name)[0])
+        ratio, ours, theirs, mib, its = sorted(pairs)[len(pairs) // 2]
+        config = M.llama(8, 8, 512, 1376, vocab_size=32000) if name.startswith("llama") else M.PRESETS["gpt2"]
+        used = ours * 3 * M.flops_per_token(config, 512)
+        rows.append([name, f"{ours:.0f}", f"{theirs:.0f}", f"{ratio:.2f}", f"{mib:.0f}", f"{its:.0f}", f"{mib / its:.2f}", f"{100 * used / rate:.0f}%"])
+    print_table(rows)
+    print(f"bfloat16 products of 2048³: {rate / 1e9:.0f} GFLOP/s")
+    pairs = sorted((b[0] / b[1] / (a[0] / a[1]), a[0] / a[1], b[0] / b[1]) for a, b in ((measured(our_steps, "llama 58M", 1), measured(ddp_steps, "llama 58M", 2)) for _ in range(args.runs)))
+    ratio, one, two = pairs[len(pairs) // 2]
+    print(f"llama 58M: one process with two threads {one:.0f} tok/s, two DDP processes with one thread each {two:.0f}: {ratio:.2f}")
+
+
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8")):
+    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8"), ("train", "training steps beside a transformers loop")):
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading}[args.command](args)
+    {"generation": generation, "attention": attention, "loading": loading, "train": train}[args.command](args)
 
 
 if __name__ == "__main__":
