@@ -427,18 +427,20 @@ Write five new pairs that are similar to these but different from them. Each que
 
 
 def parse_pairs(text):
-    """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:` are all met in practice."""
+    """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:`, an answer on its question's line are all met in practice."""
     pairs, question = [], None
     for line in text.splitlines():
-        match = re.match(r"\s*(?:[-*•]\s+)?(?:\(?\d+[.):]\s*)?(?:\*\*|__)?(?:\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*(?:\*\*|__)?\s*[:.]\s*(?:\*\*|__)?\s*(.*)", line, re.IGNORECASE)
+        match = re.match(r"\s*(?:[-*•#>]+\s+)?(?:\(?\d+[.):]\s*)?(?:\*\*|__)?(?:\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*(?:\*\*|__)?\s*[:.]\s*(?:\*\*|__)?\s*(.*)", line, re.IGNORECASE)
         if not match:
             continue
-        value = re.sub(r'^(\*\*|__|")([^*"]*)\1$', r"\2", match[2].strip()).strip()      # marks around the whole value, not within it
-        value = value.removesuffix("**").strip() if value.count("**") == 1 else value
-        if match[1].lower().startswith("q"):
-            question = value
-        elif question and value:
-            pairs.append((question, value))
+        asks = match[1].lower().startswith("q")
+        values = re.split(r"(?<=\S)\s+(?:\*\*|__)?(?:A|Answer)(?:\*\*|__)?:(?:\*\*|__)?\s*", match[2], maxsplit=1) if asks else [match[2]]
+        values = [re.sub(r'^(\*\*|__|")([^*"]*)\1$', r"\2", v.strip()).strip() for v in values]                         # marks around the whole value, not within it
+        values = [v.removesuffix("**").strip() if v.count("**") == 1 else v for v in values]
+        if asks:
+            question = re.sub(r"^\d+[.)]\s+", "", values[0])
+        if question and values[-1] and (not asks or len(values) > 1):
+            pairs.append((question, values[-1]))
             question = None
     return pairs
 
