@@ -294,7 +294,7 @@ class Teacher:
         started = time.monotonic()
         try:
             with self.session.send(prepared, timeout=self.timeout, allow_redirects=False, **self.network) as response:
-                raw = b""
+                raw = bytearray()
                 while piece := response.raw.read1(1 << 16, decode_content=True):         # what is there, so that the clock is looked at
                     raw += piece
                     if len(raw) > MAX_REPLY_BYTES:
