@@ -150,7 +150,7 @@ class Teacher:
     def key_of(self, request):
         return request_key(self.model, self.teacher_id, self.omit, request)
 
-    def ask(self, requests_, label="ask", total=None, ahead=16):
+    def ask(self, requests_, label="ask", total=None, ahead=64):
         """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`.
 
         `ahead` x concurrency requests are taken before the first of them is yielded, so that a slow one holds up no other.

@@ -609,6 +609,93 @@ def test_collect_writes_replies_in_order_and_failures_apart(world, served, tmp_p
     assert lines_of(tmp_path / "s.jsonl") == [] and {f["status"] for f in lines_of(tmp_path / "s.jsonl.failed.jsonl")} == {"length"}
 
 
+def ask_program(*args, **kw):
+    return program("imitation.py", *args, "--endpoint-model", "m", **kw)
+
+
+def test_every_rejected_pair_is_counted_by_its_reason(tmp_path):
+    data.write_jsonl(tmp_path / "seeds.jsonl", ({"question": f"seed {i}", "answer": ["x"]} for i in range(10)))
+    data.write_jsonl(tmp_path / "test.jsonl", [{"question": "who is asked?", "answer": ["x"]}])
+    replies = ["Q: Who IS New?\nA: Me", "Q: who is new\nA: me\n\nQ: who is new?\nA: another", "Q: Seed 3?\nA: x", "1. **Q:** Who is  asked\n**A:** x", "Q: long?\nA: " + "w " * 11, "No.",
+               {"finish": "length", "content": "Q: cut?\nA: of"}, {"finish": "content_filter"}, {"content": " "}]
+    replies = [r if isinstance(r, dict) else {"content": r} for r in replies]
+    server = Faulty(lambda n, request, handler: replies[n] if n < len(replies) else {"content": f"Q: fresh {n}?\nA: x"})
+    done = ask_program("synthesize", "nq", "--seed-pairs", tmp_path / "seeds.jsonl", "--exclude", tmp_path / "test.jsonl", "--n", "5", "--concurrency", "1", "--endpoint", server.url, "--out", tmp_path / "a.jsonl")
+    wanted = {"duplicate": 1, "question of a seed pair": 1, "question in the evaluation set": 1, "answer too long": 1, "reply without a pair": 1}
+    card = (tmp_path / "a.jsonl.card.md").read_text()
+    assert all(f"{n} {reason}" in done.stdout for reason, n in {**wanted, "length": 1, "content_filter": 1, "empty": 1, "put into lower case": 1}.items())
+    assert json.loads(re.search("rejected pairs by reason: (.*)", card)[1]) == wanted
+    assert json.loads(re.search("requests by status: (.*)", card)[1]) == {"ok": 9, "length": 1, "content_filter": 1, "empty": 1}
+    assert '"seed": 0' in card and '"temperature": 1.0' in card and I.NQ_REQUEST[:40] in card and '{"m": 12}' in card
+    rows, journal = lines_of(tmp_path / "a.jsonl"), {r["key"]: r for r in lines_of(tmp_path / "a.jsonl.journal.jsonl")}
+    assert [r["messages"][0]["content"] for r in rows] == [f"Q: {q}?\nA:" for q in ("who is new", "who is new", "fresh 9", "fresh 10", "fresh 11")]
+    for row in rows:                                                     # from an example to its reply
+        record = journal[row["id"].partition("-")[0]]
+        assert row["messages"][1]["content"] in record["content"] and record["model"] == "m" and record["sampling"].keys() == {"temperature", "seed"} and record["time"] > 1e9
+    assert len({r["sampling"]["seed"] for r in journal.values()}) == len(journal)
+
+
+def test_the_five_shown_pairs_are_drawn_from_the_seeds_alone(real, tmp_path):
+    server = Faulty(lambda n, request, handler: {"content": f"Q: who is number {n}?\nA: {n}"})
+    ask_program("synthesize", "nq", "--seed-pairs", real / "nq/paper_seeds.jsonl", "--exclude", real / "nq/NQ-open.dev.jsonl", "--n", "40", "--endpoint", server.url, "--out", tmp_path / "a.jsonl")
+    seeds = {r["question"].rstrip("?") for r in lines_of(real / "nq/paper_seeds.jsonl")}
+    shown = [re.findall(r"(?m)^Q: (.*)\?$", request["messages"][0]["content"]) for request, _ in server.requests]
+    assert all(len(set(q)) == 5 and set(q) <= seeds for q in shown) and {q for s in shown for q in s} == seeds and len(set(map(tuple, shown))) > 30
+
+
+def test_a_budget_ends_synthesis_with_what_there_is_and_a_larger_one_continues(world, tmp_path):
+    server = Faulty(lambda n, request, handler: {"content": f"Q: who is number {n}?\nA: {n}"})
+    done = synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "20", "--max-requests", "8")
+    assert "8 of 20 pairs: the budget ended (--max-requests 8)" in one_line(done) and len(lines_of(tmp_path / "a.jsonl")) == len(server.requests) == 8
+    synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "20", "--concurrency", "2")
+    assert len(lines_of(tmp_path / "a.jsonl")) == 20 and len(server.requests) <= 24
+
+
+def test_summaries_of_passages(real, tmp_path):
+    posts = lines_of(real / "tldr/posts.jsonl")[:30]
+    data.write_jsonl(tmp_path / "posts.jsonl", [*posts, posts[0], {"post": " "}, {"post": "short"}, {"post": "{a} %s \ud83d long enough " * 9}])
+    server = Faulty(lambda n, request, handler: {"content": "a summary"})
+    done = ask_program("synthesize", "tldr", "--posts", tmp_path / "posts.jsonl", "--endpoint", server.url, "--out", tmp_path / "t.jsonl")
+    rows, journal = lines_of(tmp_path / "t.jsonl"), {r["key"] for r in lines_of(tmp_path / "t.jsonl.journal.jsonl")}
+    assert len(server.requests) == 32 and "31 replies, 1 no shorter than the passage" in done.stdout
+    assert [r["post"] for r in rows] == [*(p["id"] for p in posts), 34] and {r["id"] for r in rows} < journal
+    assert all(p["post"].strip() in r["messages"][0]["content"] and r["messages"][1]["content"] == "a summary" for p, r in zip(posts, rows))
+    assert one_line(ask_program("synthesize", "tldr", "--endpoint", server.url, "--out", tmp_path / "u.jsonl", status=2)).endswith("needs --posts FILE")
+    ask_program("synthesize", "tldr", "--posts", tmp_path / "posts.jsonl", "--n", "3", "--endpoint", server.url, "--out", tmp_path / "t.jsonl")
+    assert len(lines_of(tmp_path / "t.jsonl")) == 3 and len(server.requests) == 32      # from the journal
+
+
+def test_collect_takes_histories_and_asks_samples_with_seeds_of_their_own(tmp_path):
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}]
+    data.write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "messages": history}, {"id": "b", "prompt": "one turn", "category": "c"}])
+    server = Faulty(lambda n, request, handler: {"content": f"{request['messages'][-1]['content']} {request['seed']}"} if request["messages"][-1]["content"] != "one turn" or request["seed"] % 1000 != 1 else {"content": ""})
+    done = ask_program("collect", "--prompts", tmp_path / "p.jsonl", "--samples", "3", "--seed", "7", "--endpoint", server.url, "--out", tmp_path / "r.jsonl")
+    assert "5 replies, 1 empty" in done.stdout
+    sent = [request for request, _ in server.requests]
+    assert all(r.keys() == {"model", "messages", "seed"} for r in sent) and len({r["seed"] for r in sent if len(r["messages"]) == 4}) == 3
+    assert all(r["messages"] == [{"role": m["role"], "content": m["content"]} for m in history] for r in sent if len(r["messages"]) > 1)
+    rows, failed = lines_of(tmp_path / "r.jsonl"), lines_of(tmp_path / "r.jsonl.failed.jsonl")
+    assert [(r["id"], r["messages"][-1]["content"]) for r in rows] == [("a/0", "more 7000"), ("a/1", "more 7001"), ("a/2", "more 7002"), ("b/0", "one turn 7000"), ("b/2", "one turn 7002")]
+    assert [(r["id"], r["status"]) for r in failed] == [("b/1", "empty")]
+    assert {r["key"] for r in rows + failed} == {r["key"] for r in lines_of(tmp_path / "r.jsonl.journal.jsonl")}
+    data.write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "messages": history[:3]}])
+    assert "ends with a turn of the assistant" in one_line(ask_program("collect", "--prompts", tmp_path / "q.jsonl", "--endpoint", server.url, "--out", tmp_path / "q", status=2))
+
+
+def test_a_dry_run_sends_nothing_and_counts_what_is_left(real, tmp_path):
+    prompts = lines_of(real / "koala/koala_test_set.jsonl")
+    server, out = Faulty(), tmp_path / "r.jsonl"
+    command = ["collect", "--prompts", real / "koala/koala_test_set.jsonl", "--samples", "2", "--max-new", "50", "--out", out]
+    done = ask_program(*command, "--dry-run", "--endpoint", "https://api.openai.com/v1", env={"OPENAI_API_KEY": ""})
+    size = sum(len(p["prompt"].encode()) for p in prompts)
+    assert "360 requests, 0 of them" in done.stdout and f"to ask: 360, with about {2 * size // 4} tokens of prompts and replies of at most 18000 tokens" in done.stdout and not list(tmp_path.iterdir())
+    assert "budget ended" in ask_program(*command, "--max-requests", "25", "--endpoint", server.url).stderr
+    done = ask_program(*command, "--dry-run", "--endpoint", server.url)
+    assert "25 of them answered" in done.stdout and "to ask: 335" in done.stdout and len(server.requests) == 25
+    done = ask_program("synthesize", "nq", "--seed-pairs", real / "nq/paper_seeds.jsonl", "--n", "6K", "--endpoint", server.url, "--out", out, "--dry-run")
+    assert "1200 requests" in done.stdout and len(server.requests) == 25
+
+
 @pytest.mark.parametrize("more, status, words", [(["--endpoint-model", "nobody"], 2, "does not exist"), (["--endpoint", "ftp://x"], 2, "not a URL"), (["--endpoint", "http://127.0.0.1:9/v1"], 1, "no answer")])
 def test_a_teacher_that_cannot_be_asked_is_one_line(world, served, tmp_path, more, status, words):
     done = program("imitation.py", "collect", "--prompts", world / "world/heldout.jsonl", "--endpoint", served, "--endpoint-model", "teacher", "--out", tmp_path / "r.jsonl", *more, status=status)
