@@ -52,6 +52,7 @@ def is_loopback(host):
 
 
 def request_key(model, teacher_id, omit, request):
+    """A hash of all that determines the reply: model, messages, sampling, seed, index, --teacher-id; not host or port."""
     return digest(model, teacher_id, {k: v for k, v in request.items() if v is not None and k not in omit})
 
 
@@ -59,17 +60,16 @@ class Teacher:
     """A client of one OpenAI-compatible /chat/completions endpoint, with a journal.
 
     `ask` yields a record per request, in the order of the requests, whatever the order of arrival. A record is in the
-    journal, on disk, before it is yielded; a request whose reply stands in the journal is not sent again. The key is a hash
-    of all that determines the reply: model, messages, sampling, seed, index and `teacher_id`; not host or port.
+    journal, on disk, before it is yielded; a request whose reply stands there is not sent again.
 
-    A record's status: "ok"; or "length", "empty", "content_filter" (paid for, and no whole answer); "refused" (the server
+    A record's status: "ok"; "length", "empty", "content_filter" (paid for, and no whole answer); "refused" (the server
     rejected this one request); "unanswered" (no reply after all tries); "unasked" (the budget was spent). A later run asks
     the last three again. Errors: UserError where the server refuses all work (wrong key, unknown model, no quota left),
     Failure where it does not answer; what has arrived is in the journal.
 
-    The budget counts the journal's requests and tokens too, so a restart does not renew it: `max_requests` sent, retries
-    included, and `max_tokens_total` of prompts and replies. Where requests carry max_tokens the latter is never passed; where
-    they do not, twice the largest request so far is set aside for each that is under way, and the first goes alone.
+    The budget counts what the journal holds, so a restart does not renew it: `max_requests` sent, retries included, and
+    `max_tokens_total` of prompts and replies. Where requests carry max_tokens the latter is never passed; where they do
+    not, twice the largest request so far is set aside for each that is under way, and the first goes alone.
     """
 
     def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None, max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
@@ -89,9 +89,9 @@ class Teacher:
         self.session = requests.Session()
         self.session.trust_env = not loopback              # a proxy of the environment is not for loopback
         self.session.mount(f"{url.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self.prepared = self.session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=self._sign))      # an auth of our own, so that netrc never supplies one
-        self.network = self.session.merge_environment_settings(self.url, {}, True, None, None)                                  # proxies and certificates, looked up once
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        self.prepared = self.session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=lambda request: request))      # an auth of our own, so that netrc never supplies one
+        self.network = self.session.merge_environment_settings(self.url, {}, True, None, None)                                               # proxies and certificates, looked up once
         self.lock, self.closing = threading.Condition(), threading.Event()
         self.pause_until = self.next_turn = 0.0
         self.reached, self.accepted, self.failed_in_a_row = False, False, 0
@@ -100,15 +100,27 @@ class Teacher:
         self.counts, self.yielded, self.models, self.done, self.refused = collections.Counter(), collections.Counter(), collections.Counter(), {}, set()
         self._held = locked(journal, f"journal {journal}")
         self._held.__enter__()
-        self.journal = GrowingFile(journal, self._recall)
+        self.journal = GrowingFile(journal, self._note)
+        self.counts["sent"] = len(self.done)
 
-    def _recall(self, record, at):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.journal.close()
+        self.session.close()
+        self._held.__exit__(None, None, None)
+
+    def _note(self, record, at):
+        """Take account of a journaled record, of this run or of an earlier one."""
         if record["status"] == "refused":
-            self.refused.add(record["key"])                # it cost nothing: asked again, journaled once
-        else:
-            self._account(record)
-            self.counts["sent"] += 1
-            self.done[record["key"]] = at
+            self.refused.add(record["key"])                # it cost nothing: a later run asks again
+            return
+        usage, tokens = record.get("usage"), record.get("tokens", 0)
+        self.counts["tokens"] += tokens
+        self.counts.update({k: v for k, v in usage.items() if k in ("prompt_tokens", "completion_tokens") and type(v) is int} if isinstance(usage, dict) else {})
+        self.largest = max(self.largest, tokens)
+        self.done[record["key"]] = at
 
     @staticmethod
     def _key(url, key_env, loopback):
@@ -128,27 +140,13 @@ class Teacher:
             raise UserError(f"the API key in {name} has characters that no key has (a line break, a space, a letter with an accent)")
         return key
 
-    def _sign(self, request):
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
     def redact(self, text):
         return visible(str(text).replace(self.key, "[key]") if self.key else str(text))[:500]
 
-    def close(self):
-        self.journal.close()
-        self.session.close()
-        self._held.__exit__(None, None, None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def key_of(self, request):
-        return request_key(self.model, self.teacher_id, self.omit, request)
+    def unfinished(self):
+        """What a later run would ask again, in a line; empty where every request was asked and answered."""
+        said = {"unasked": f"were not asked ({self.spent} is reached); with a larger budget the same command continues", "unanswered": "got no answer after all tries; the same command asks them again"}
+        return "; ".join(f"{self.yielded[status]} requests {what}" for status, what in said.items() if self.yielded[status])
 
     def ask(self, requests_, label="ask", total=None, ahead=64):
         """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`.
@@ -164,7 +162,7 @@ class Teacher:
             try:
                 while True:
                     while len(waiting) < ahead * self.concurrency and (request := next(source, None)) is not None:
-                        key = self.key_of(request)
+                        key = request_key(self.model, self.teacher_id, self.omit, request)
                         if key not in under_way:           # equal requests under way together are asked once
                             under_way[key] = pool.submit(self._finish, key, request)
                         waiting.append((request, key, under_way[key]))
@@ -193,15 +191,14 @@ class Teacher:
         """The record of one request: from the journal, or asked for and journaled."""
         if key in self.done:
             return self.journal.read(self.done[key])
-        need, record = 0, {}
+        need = 0
         try:
             need = self._reserve(request)
-            record = {"key": key, "status": "unasked", "content": ""} if self.spent else {"key": key, **self._send(request)}
-            if record["status"] not in ("unasked", "unanswered", "refused"):
-                self.done[key] = self.journal.append(record, flush=False)               # first of all: it is paid for; `ask` flushes before it counts
-            elif record["status"] == "refused" and key not in self.refused:
-                self.refused.add(key)
-                self.journal.append(record, flush=False)
+            record = {"key": key, **({"status": "unasked", "content": ""} if need is None else self._send(request))}
+            if record["status"] not in ("unasked", "unanswered") and not (record["status"] == "refused" and key in self.refused):
+                at = self.journal.append(record, flush=False)                           # first of all: it is paid for; `ask` flushes before it counts
+                with self.lock:
+                    self._note(record, at)
             return record
         except BaseException as e:                         # a full disk, a refusal of all work: nothing more is sent
             self.stopped = self.stopped or e
@@ -209,36 +206,29 @@ class Teacher:
             raise
         finally:
             with self.lock:
-                self.reserved -= need
-                self._account(record)
+                self.reserved -= need or 0
                 self.lock.notify_all()
 
-    def _account(self, record):
-        usage = record.get("usage")
-        self.counts.update({k: v for k, v in usage.items() if k in ("prompt_tokens", "completion_tokens") and type(v) is int} if isinstance(usage, dict) else {})
-        self.counts["tokens"] += record.get("tokens", 0)
-        self.largest = max(self.largest, record.get("tokens", 0))
-
     def _reserve(self, request):
-        """Set tokens aside for one request; waits while those under way may leave room, and says in `spent` that there is none."""
+        """Set tokens aside for one request and return how many; waits while those under way may leave room; None where the budget is spent."""
         if self.max_tokens_total is None:
             return 0
         prompt = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in request["messages"]) + 64               # no token is shorter than a byte; and the template's
         with self.lock:
-            while not (self.spent or self.closing.is_set()):
+            while not self.closing.is_set():
                 left = self.max_tokens_total - self.counts["tokens"] - self.reserved
                 need = prompt + request["max_tokens"] if request.get("max_tokens") else 2 * self.largest or max(prompt, left)
-                if need <= left:
+                if need <= left and not self.spent:
                     self.reserved += need
                     return need
-                if self.reserved:
-                    self.lock.wait()
-                else:
-                    self.spent = f"--max-tokens-total {self.max_tokens_total}"
-        return 0
+                if not self.reserved or self.spent:
+                    self.spent = self.spent or f"--max-tokens-total {self.max_tokens_total}"
+                    return None
+                self.lock.wait()
+        raise Failure("the work was stopped")
 
     def _turn(self):
-        """Wait out --rpm and the pause that a server asked for; False where --max-requests allows no further request."""
+        """Wait out --rpm and the pause that a server asked for; False where the budget allows no further request."""
         with self.lock:
             if self.max_requests and self.counts["sent"] >= self.max_requests:
                 self.spent = self.spent or f"--max-requests {self.max_requests}"
@@ -254,11 +244,13 @@ class Teacher:
         return True
 
     def _send(self, request):
+        """The fields of a record; tries again what may get better."""
         tries = fruitless = replies = 0
-        while self._turn():
+        while True:
+            if not self._turn():
+                return {"status": "unasked", "content": ""}
             try:
-                record = self._post(request)
-                break
+                return self._heard(self._post(request))
             except Transient as e:
                 with self.lock:
                     self.counts["retries"] += 1
@@ -274,8 +266,9 @@ class Teacher:
                         return {"status": "unanswered", "content": "", "error": str(e)}
                 if self.closing.wait(backoff(tries)):      # also after a pause that the server named: it may have said 0
                     raise Failure("the work was stopped")
-        else:
-            return {"status": "unasked", "content": ""}
+
+    def _heard(self, record):
+        """The record, once it is seen that the server does not refuse everything."""
         with self.lock:
             refused = record["status"] == "refused"
             self.counts["replies"] += 1
@@ -330,7 +323,7 @@ class Teacher:
         try:
             choice = answer["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
-            content, filtered = message["content"], finish == "content_filter" or message.get("refusal")
+            content, filtered = message.get("content"), finish == "content_filter" or message.get("refusal")
             if content is not None and not isinstance(content, str):
                 raise TypeError
         except (AttributeError, KeyError, IndexError, TypeError):
@@ -353,15 +346,12 @@ def backoff(attempt):
 
 def retry_after(value):
     """Seconds of a Retry-After header, which is a number or a date; None where there is none."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
+    for read in (float, lambda text: email.utils.parsedate_to_datetime(text).timestamp() - time.time()):
         try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+            return max(0.0, read(value))
         except (TypeError, ValueError, OverflowError):
-            return None
+            pass
+    return None
 
 
 def add_endpoint_flags(parser, required=True):
@@ -386,18 +376,14 @@ def teacher_of(args, journal):
     return Teacher(args.endpoint, args.endpoint_model, journal, **{name: getattr(args, name) for name in names})
 
 
-def write_card(path, title, teacher, rows):
-    """FILE.card.md: where a set came from, in counts and settings. `rows` are added to what the teacher knows."""
-    rows = [*rows, ("requests by status", dict(teacher.yielded)), ("tokens, by the server's count", {k: teacher.counts[k] for k in ("prompt_tokens", "completion_tokens")}),
-            ("tokens in all, estimated where the server gave no count", teacher.counts["tokens"]), ("replies by model, as the server named it", dict(+teacher.models)), ("stopped early", teacher.spent or "no")]
-    with atomic(str(path) + ".card.md") as f:
-        f.write(f"# {title}\n\n" + "".join(f"- {name}: {visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}\n" for name, value in rows))
-
-
-def settings_of(args):
-    """What determines a set: the flags without addresses, keys and pace."""
+def write_card(args, title, teacher, rows):
+    """OUT.card.md: where a set came from, in counts and settings, which are the flags without addresses, keys and pace."""
     pace = ("endpoint", "key_env", "command", "out", "dry_run", "concurrency", "rpm", "timeout", "retries", "max_requests", "max_tokens_total")
-    return {k: v for k, v in vars(args).items() if k not in pace and v not in (None, [], "")}
+    rows = [*rows, ("requests by status", dict(teacher.yielded)), ("tokens, by the server's count", {k: teacher.counts[k] for k in ("prompt_tokens", "completion_tokens")}),
+            ("tokens in all, estimated where the server gave no count", teacher.counts["tokens"]), ("replies by model, as the server named it", dict(+teacher.models)),
+            ("stopped early", teacher.spent or "no"), ("settings", {k: v for k, v in vars(args).items() if k not in pace and v not in (None, [], "")})]
+    with atomic(args.out + ".card.md") as f:
+        f.write(f"# {title}\n\n" + "".join(f"- {name}: {visible(json.dumps(value, ensure_ascii=False))}\n" for name, value in rows))
 
 
 def dry_run(args, requests_):
@@ -406,13 +392,10 @@ def dry_run(args, requests_):
     if journal.is_file():
         with locked(journal, f"journal {journal}"):
             GrowingFile(journal, lambda record, at: record["status"] == "refused" or done.add(record["key"])).close()
-    asked = new = size = 0
-    for request in requests_:
-        asked += 1
-        if request_key(args.endpoint_model, args.teacher_id, args.omit, request) not in done:
-            new, size = new + 1, size + sum(len(m["content"].encode("utf-8", "replace")) for m in request["messages"])
-    replies = f"replies of at most {new * args.max_new} tokens" if args.max_new else "replies of unknown length (--max-new bounds them)"
-    print(f"{args.out}: {asked} requests, {asked - new} of them answered in the journal; to ask: {new}, with about {size // 4} tokens of prompts and {replies}")
+    sizes = {request_key(args.endpoint_model, args.teacher_id, args.omit, r): sum(len(m["content"].encode("utf-8", "replace")) for m in r["messages"]) for r in requests_}
+    todo = [size for key, size in sizes.items() if key not in done]
+    replies = f"replies of at most {len(todo) * args.max_new} tokens" if args.max_new else "replies of unknown length (--max-new bounds them)"
+    print(f"{args.out}: {len(sizes)} requests, {len(sizes) - len(todo)} of them answered in the journal; to ask: {len(todo)}, with about {sum(todo) // 4} tokens of prompts and {replies}")
 
 
 # --- synthesis (§3.1) -----------------------------------------------------------------------------------------------------------
@@ -450,10 +433,10 @@ def normalize_pair_question(text):
 
 
 def synthesize(args):
-    needed = {"nq": "seed_pairs", "tldr": "posts"}[args.what]
+    work, needed = {"nq": (synthesize_nq, "seed_pairs"), "tldr": (synthesize_tldr, "posts")}[args.what]
     if not getattr(args, needed):
         raise UserError(f"synthesize {args.what}: needs --{needed.replace('_', '-')} FILE")
-    {"nq": synthesize_nq, "tldr": synthesize_tldr}[args.what](args)
+    work(args)
 
 
 def synthesize_nq(args):
@@ -482,7 +465,7 @@ def synthesize_nq(args):
     with teacher_of(args, args.out + ".journal.jsonl") as teacher:
         for request, record in teacher.ask(requests_(10 * args.n), "synthesize", ahead=2):
             if record["status"] == "unasked":
-                why = f"the budget ended ({teacher.spent})"
+                why = f"{teacher.spent} is reached"
                 break
             before = len(kept)
             pairs = parse_pairs(record["content"]) if record["status"] == "ok" else []
@@ -510,7 +493,7 @@ def synthesize_nq(args):
     if not kept:
         raise Failure(f"no pair was kept out of {replies} replies ({', '.join(f'{n} {r}' for r, n in (teacher.yielded + rejected).most_common())}); nothing was written to {args.out}")
     write_jsonl(args.out, kept)
-    write_card(args.out, "NQ-synthetic", teacher, [("pairs", len(kept)), ("questions put into lower case", lowered), ("rejected pairs by reason", dict(rejected)), ("settings", settings_of(args)), ("request", NQ_REQUEST)])
+    write_card(args, "NQ-synthetic", teacher, [("pairs", len(kept)), ("questions put into lower case", lowered), ("rejected pairs by reason", dict(rejected)), ("request", NQ_REQUEST)])
     failed = "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status not in ("ok", "unasked"))
     print(f"{args.out}: {len(kept)} pairs from {replies} requests{failed}; {lowered} put into lower case; rejected: " + (", ".join(f"{n} {r}" for r, n in rejected.most_common()) or "none"))
     if len(kept) < args.n:
@@ -558,12 +541,10 @@ def write_replies(args, title, jobs, total, rows=(), reject=lambda messages, rep
                 good.write(json.dumps({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}, ensure_ascii=False) + "\n")
             elif reason != "unasked":
                 bad.write(json.dumps({**entry, "status": reason, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
-    write_card(args.out, title, teacher, [*counts.items(), *rows, ("settings", settings_of(args))])
+    write_card(args, title, teacher, [*counts.items(), *rows])
     print(f"{args.out}: {counts.pop('replies', 0)} replies" + "".join(f", {n} {reason}" for reason, n in counts.items()))
-    if teacher.spent:
-        print(f"{args.out}: the budget ended ({teacher.spent}), {counts['unasked']} requests were not asked; with a larger one the same command continues", file=sys.stderr)
-    if counts["unanswered"]:
-        print(f"{args.out}: {counts['unanswered']} requests got no answer after all tries; the same command asks them again", file=sys.stderr)
+    if unfinished := teacher.unfinished():
+        print(f"{args.out}: {unfinished}", file=sys.stderr)
 
 
 def collect(args):

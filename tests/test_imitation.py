@@ -198,11 +198,16 @@ def test_retry_after_is_a_number_or_a_date():
 
 
 def test_the_key_of_a_request_holds_what_determines_the_reply_and_not_the_port(tmp_path):
-    a, b = (I.Teacher(f"http://127.0.0.1:{p}/v1", "m", tmp_path / str(p)) for p in (1, 2))
     request = queries(1)[0]
-    assert a.key_of(request) == b.key_of(request)
-    assert len({a.key_of(r) for r in (request, {**request, "seed": 9}, {**request, "temperature": 0.5}, {**request, "index": 1}, {**request, "messages": []})}) == 5
-    assert I.Teacher("http://127.0.0.1:1/v1", "m", tmp_path / "c", teacher_id="new").key_of(request) != a.key_of(request)
+    key = lambda model="m", teacher_id="", omit=(), **more: I.request_key(model, teacher_id, omit, {**request, **more})
+    assert len({key(), key(seed=9), key(temperature=0.5), key(index=1), key(messages=[]), key(model="n"), key(teacher_id="new"), key(omit=["seed"])}) == 8
+    assert key(max_tokens=None) == key() and key(omit=["temperature"], temperature=1) == key()
+    asked = []
+    for server in (Faulty(), Faulty()):                                  # another port, the same journal: nothing is asked again
+        with teacher(server, tmp_path) as t:
+            list(t.ask([request]))
+        asked.append(len(server.requests))
+    assert asked == [1, 0]
 
 
 def test_a_second_process_on_one_journal_is_refused(tmp_path):
@@ -626,7 +631,7 @@ def test_every_rejected_pair_is_counted_by_its_reason(tmp_path):
     assert all(f"{n} {reason}" in done.stdout for reason, n in {**wanted, "length": 1, "content_filter": 1, "empty": 1, "put into lower case": 1}.items())
     assert json.loads(re.search("rejected pairs by reason: (.*)", card)[1]) == wanted
     assert json.loads(re.search("requests by status: (.*)", card)[1]) == {"ok": 9, "length": 1, "content_filter": 1, "empty": 1}
-    assert '"seed": 0' in card and '"temperature": 1.0' in card and I.NQ_REQUEST[:40] in card and '{"m": 12}' in card
+    assert '"seed": 0' in card and '"temperature": 1.0' in card and I.NQ_REQUEST[:30] in card and '{"m": 12}' in card
     rows, journal = lines_of(tmp_path / "a.jsonl"), {r["key"]: r for r in lines_of(tmp_path / "a.jsonl.journal.jsonl")}
     assert [r["messages"][0]["content"] for r in rows] == [f"Q: {q}?\nA:" for q in ("who is new", "who is new", "fresh 9", "fresh 10", "fresh 11")]
     for row in rows:                                                     # from an example to its reply
@@ -646,7 +651,7 @@ def test_the_five_shown_pairs_are_drawn_from_the_seeds_alone(real, tmp_path):
 def test_a_budget_ends_synthesis_with_what_there_is_and_a_larger_one_continues(world, tmp_path):
     server = Faulty(lambda n, request, handler: {"content": f"Q: who is number {n}?\nA: {n}"})
     done = synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "20", "--max-requests", "8")
-    assert "8 of 20 pairs: the budget ended (--max-requests 8)" in one_line(done) and len(lines_of(tmp_path / "a.jsonl")) == len(server.requests) == 8
+    assert "8 of 20 pairs: --max-requests 8 is reached" in one_line(done) and len(lines_of(tmp_path / "a.jsonl")) == len(server.requests) == 8
     synthesize(world, server.url, tmp_path / "a.jsonl", "--n", "20", "--concurrency", "2")
     assert len(lines_of(tmp_path / "a.jsonl")) == 20 and len(server.requests) <= 24
 
@@ -689,7 +694,7 @@ def test_a_dry_run_sends_nothing_and_counts_what_is_left(real, tmp_path):
     done = ask_program(*command, "--dry-run", "--endpoint", "https://api.openai.com/v1", env={"OPENAI_API_KEY": ""})
     size = sum(len(p["prompt"].encode()) for p in prompts)
     assert "360 requests, 0 of them" in done.stdout and f"to ask: 360, with about {2 * size // 4} tokens of prompts and replies of at most 18000 tokens" in done.stdout and not list(tmp_path.iterdir())
-    assert "budget ended" in ask_program(*command, "--max-requests", "25", "--endpoint", server.url).stderr
+    assert "335 requests were not asked (--max-requests 25 is reached)" in ask_program(*command, "--max-requests", "25", "--endpoint", server.url).stderr
     done = ask_program(*command, "--dry-run", "--endpoint", server.url)
     assert "25 of them answered" in done.stdout and "to ask: 335" in done.stdout and len(server.requests) == 25
     done = ask_program("synthesize", "nq", "--seed-pairs", real / "nq/paper_seeds.jsonl", "--n", "6K", "--endpoint", server.url, "--out", out, "--dry-run")
