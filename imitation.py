@@ -2,11 +2,12 @@
 
     python imitation.py study                                                     the whole paper on the embedded default
     python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint URL --endpoint-model NAME --out nq-synthetic.jsonl
+    python imitation.py synthesize tldr --posts posts.jsonl --endpoint URL --endpoint-model NAME --out tldr-synthetic.jsonl
     python imitation.py collect --prompts heldout.jsonl --endpoint URL --endpoint-model NAME --out replies.jsonl
 
 In this file:
     the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice
-    synthesis         NQ-synthetic (§3.1, appendix A)
+    synthesis         NQ-synthetic (§3.1, appendix A), TLDR-synthetic
     collection        replies to given prompts
     the study         a list of commands and a runner
 """
@@ -518,31 +519,28 @@ def synthesize_tldr(args):
                 yield {"source": "tldr-synthetic", "post": row.get("id", number)}, [{"role": "user", "content": TLDR_REQUEST.format(post=row["post"].strip())}], 0
 
     total = sum(1 for _ in jobs())                         # every line is looked at before the first is paid for
-    no_summary = lambda messages, reply: "no shorter than the passage" if len(reply) + len(TLDR_REQUEST) > len(messages[0]["content"]) else None
     n = min(args.n or total, total)
-    write_replies(args, "TLDR-synthetic", itertools.islice(jobs(), n), n, [("passages", total), ("request", TLDR_REQUEST)], no_summary)
+    write_replies(args, "TLDR-synthetic", itertools.islice(jobs(), n), n, [("passages", total), ("request", TLDR_REQUEST)])
 
 
 # --- collection -------------------------------------------------------------------------------------------------------------------
 
-def write_replies(args, title, jobs, total, rows=(), reject=lambda messages, reply: None):
+def write_replies(args, title, jobs, total, rows):
     """Ask for a reply to each job, (fields, messages, sample); conversations go to --out in the order of the jobs, what is no good reply to OUT.failed.jsonl."""
     request = lambda job: {"messages": job[1], "temperature": args.temperature, "seed": (args.seed * 1000 + job[2]) % 2**31, "max_tokens": args.max_new, "index": job[2]}
     if args.dry_run:
         return dry_run(args, map(request, jobs))
     jobs, asked = itertools.tee(jobs)
-    counts = collections.Counter()
     with teacher_of(args, args.out + ".journal.jsonl") as teacher, atomic(args.out) as good, atomic(args.out + ".failed.jsonl") as bad:
         for (_, record), (fields, messages, _) in zip(teacher.ask(map(request, asked), args.command, total), jobs):
             entry = {"id": record["key"], **fields, "key": record["key"]}
-            reason = reject(messages, record["content"]) if record["status"] == "ok" else record["status"]
-            counts[reason or "replies"] += 1
-            if not reason:
+            status = record["status"]
+            if status == "ok":
                 good.write(json.dumps({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}, ensure_ascii=False) + "\n")
-            elif reason != "unasked":
-                bad.write(json.dumps({**entry, "status": reason, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
-    write_card(args, title, teacher, [*counts.items(), *rows])
-    print(f"{args.out}: {counts.pop('replies', 0)} replies" + "".join(f", {n} {reason}" for reason, n in counts.items()))
+            elif status != "unasked":
+                bad.write(json.dumps({**entry, "status": status, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
+    write_card(args, title, teacher, rows)
+    print(f"{args.out}: {teacher.yielded['ok']} replies" + "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status != "ok"))
     if unfinished := teacher.unfinished():
         print(f"{args.out}: {unfinished}", file=sys.stderr)
 
