@@ -508,19 +508,23 @@ TLDR_REQUEST = """Summarize the following post in one or two short sentences. An
 
 
 def synthesize_tldr(args):
-    """TLDR-synthetic: the teacher's summary of each passage, an empty or repeated one left out."""
-    def jobs():
+    """TLDR-synthetic: the teacher's summary of each passage."""
+    def jobs(left_out):
         seen = set()
         for number, row in numbered_jsonl(args.posts, "post"):
             if not isinstance(row["post"], str):
                 raise UserError(f"{args.posts}:{number}: post must be a text")
-            if row["post"].strip() and (known := digest(row["post"])) not in seen:
+            known = digest(row["post"])
+            if known in seen or not row["post"].strip():
+                left_out["repeated" if known in seen else "empty"] += 1
+            else:
                 seen.add(known)
                 yield {"source": "tldr-synthetic", "post": row.get("id", number)}, [{"role": "user", "content": TLDR_REQUEST.format(post=row["post"].strip())}], 0
 
-    total = sum(1 for _ in jobs())                         # every line is looked at before the first is paid for
+    left_out = collections.Counter()
+    total = sum(1 for _ in jobs(left_out))                 # every line is looked at before the first is paid for
     n = min(args.n or total, total)
-    write_replies(args, "TLDR-synthetic", itertools.islice(jobs(), n), n, [("passages", total), ("request", TLDR_REQUEST)])
+    write_replies(args, "TLDR-synthetic", itertools.islice(jobs(collections.Counter()), n), n, [("passages", total), ("passages left out", dict(left_out)), ("request", TLDR_REQUEST)])
 
 
 # --- collection -------------------------------------------------------------------------------------------------------------------
