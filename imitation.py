@@ -98,7 +98,8 @@ class Teacher:
         self.reached, self.accepted, self.failed_in_a_row = False, False, 0
         self.stopped = self.spent = None                   # the error that stops the work; the budget that is used up
         self.reserved = self.largest = 0                   # tokens set aside for requests under way; the largest request so far
-        self.counts, self.yielded, self.models, self.done, self.refused = collections.Counter(), collections.Counter(), collections.Counter(), {}, set()
+        self.counts, self.yielded, self.models, self.used = (collections.Counter() for _ in range(4))        # of the work; of the records yielded: status, model, tokens
+        self.done, self.refused = {}, set()
         self._held = locked(journal, f"journal {journal}")
         self._held.__enter__()
         self.journal = GrowingFile(journal, self._note)
@@ -117,10 +118,8 @@ class Teacher:
         if record["status"] == "refused":
             self.refused.add(record["key"])                # it cost nothing: a later run asks again
             return
-        usage, tokens = record.get("usage"), record.get("tokens", 0)
-        self.counts["tokens"] += tokens
-        self.counts.update({k: v for k, v in usage.items() if k in ("prompt_tokens", "completion_tokens") and type(v) is int} if isinstance(usage, dict) else {})
-        self.largest = max(self.largest, tokens)
+        self.counts["tokens"] += record.get("tokens", 0)
+        self.largest = max(self.largest, record.get("tokens", 0))
         self.done[record["key"]] = at
 
     @staticmethod
@@ -178,6 +177,8 @@ class Teacher:
                     self.journal.flush()
                     self.yielded[record["status"]] += 1
                     self.models[str(record.get("model"))] += "model" in record
+                    usage = record["usage"] if isinstance(record.get("usage"), dict) else {}
+                    self.used.update({k: usage[k] for k in ("prompt_tokens", "completion_tokens") if type(usage.get(k)) is int})
                     self.bar.update()
                     if not self.bar.disable:
                         tokens = self.counts["tokens"]
@@ -380,8 +381,8 @@ def teacher_of(args, journal):
 def write_card(args, title, teacher, rows):
     """OUT.card.md: where a set came from, in counts and settings, which are the flags without addresses, keys and pace."""
     pace = ("endpoint", "key_env", "command", "out", "dry_run", "concurrency", "rpm", "timeout", "retries", "max_requests", "max_tokens_total")
-    rows = [*rows, ("requests by status", dict(teacher.yielded)), ("tokens, by the server's count", {k: teacher.counts[k] for k in ("prompt_tokens", "completion_tokens")}),
-            ("tokens in all, estimated where the server gave no count", teacher.counts["tokens"]), ("replies by model, as the server named it", dict(+teacher.models)),
+    rows = [*rows, ("requests by status", dict(teacher.yielded)), ("their tokens, by the server's count", dict(teacher.used)),
+            ("all tokens in the journal, estimated where the server gave no count", teacher.counts["tokens"]), ("replies by model, as the server named it", dict(+teacher.models)),
             ("stopped early", teacher.spent or "no"), ("settings", {k: v for k, v in vars(args).items() if k not in pace and v not in (None, [], "")})]
     with atomic(args.out + ".card.md") as f:
         f.write(f"# {title}\n\n" + "".join(f"- {name}: {visible(json.dumps(value, ensure_ascii=False))}\n" for name, value in rows))

@@ -48,7 +48,7 @@ class Faulty:
                     status, answer = answer, json.dumps({"error": {"message": f"status {answer}"}})
                 if isinstance(answer, dict) and status == 200:
                     choice = {"message": {"role": "assistant", "content": answer.get("content", f"reply to {request['messages'][-1]['content']}")}, "finish_reason": answer.get("finish", "stop")}
-                    answer = json.dumps({"model": "m", "choices": answer.get("choices", [choice]), "usage": {"total_tokens": 3}})
+                    answer = json.dumps({"model": "m", "choices": answer.get("choices", [choice]), "usage": {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}})
                 body = (json.dumps(answer) if isinstance(answer, dict) else answer)
                 body = body.encode() if isinstance(body, str) else body
                 try:
@@ -640,7 +640,7 @@ def test_every_rejected_pair_is_counted_by_its_reason(tmp_path):
     assert all(f"{n} {reason}" in done.stdout for reason, n in {**wanted, "length": 1, "content_filter": 1, "empty": 1, "put into lower case": 1}.items())
     assert json.loads(re.search("rejected pairs by reason: (.*)", card)[1]) == wanted
     assert json.loads(re.search("requests by status: (.*)", card)[1]) == {"ok": 9, "length": 1, "content_filter": 1, "empty": 1}
-    assert '"seed": 0' in card and '"temperature": 1.0' in card and I.NQ_REQUEST[:30] in card and '{"m": 12}' in card
+    assert '"seed": 0' in card and '"temperature": 1.0' in card and I.NQ_REQUEST[:30] in card and '{"m": 12}' in card and '{"prompt_tokens": 24, "completion_tokens": 12}' in card
     rows, journal = lines_of(tmp_path / "a.jsonl"), {r["key"]: r for r in lines_of(tmp_path / "a.jsonl.journal.jsonl")}
     assert [r["messages"][0]["content"] for r in rows] == [f"Q: {q}?\nA:" for q in ("who is new", "who is new", "fresh 9", "fresh 10", "fresh 11")]
     for row in rows:                                                     # from an example to its reply
