@@ -29,6 +29,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import unicodedata
 from pathlib import Path
@@ -78,7 +79,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 0
     except OSError as e:
-        more = "; nothing finished is lost: free some space and run the same command again" if e.errno == errno.ENOSPC else ""
+        more = "; nothing finished is lost: free some space and run the same command again" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         status = complain(program, 1, f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}{more}")
     except RecursionError:
         status = complain(program, 2, "a JSON value is nested too deeply to read")
@@ -271,48 +272,78 @@ def locked(path, what):
 
 
 class GrowingFile:
-    """JSON lines appended one by one, each on disk before `append` returns.
+    """JSON lines appended one by one, from any thread; a line is on disk when `append` returns, or, without `flush`, when `flush` does.
 
-    A line torn by a kill is cut off when the file is opened, a garbled one is passed over; both are said on stderr.
+    When the file is opened, a line torn by a kill is cut off and garbled ones are moved to PATH.garbled; both are said on stderr.
+    `take(record, at)` meets each sound line and its place (for `read`), and calls one garbled by a ValueError, KeyError or
+    TypeError; without it the lines gather in `records`.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, take=None):
+        self.path, self.records, self.lock = Path(path), [], threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab+")
-        self.records = []
-        self.file.seek(0)
-        whole = garbled = 0
-        for line in self.file:
+        self.file = open(self.path, "ab+", buffering=0)    # unbuffered: nothing half written waits for another try
+        self.reader = open(self.path, "rb")
+        take, self.size, garbled = take or (lambda record, at: self.records.append(record)), 0, []
+        for number, line in enumerate(self.reader):
             if not line.endswith(b"\n"):
                 print(f"{self.path}: a torn last line ({len(line)} bytes) was dropped", file=sys.stderr)
-                self.file.truncate(whole)
+                self.file.truncate(self.reader.tell() - len(line))
                 break
-            whole += len(line)
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError
-                self.records.append(record)
-            except (ValueError, RecursionError):
-                garbled += bool(line.strip())
+                take(record, self.size)
+                self.size += len(line)                     # places in the file as it is once repaired
+            except (ValueError, KeyError, TypeError, RecursionError):
+                garbled.append(number)
         if garbled:
-            print(f"{self.path}: {garbled} garbled line{'s'[:garbled > 1]} passed over", file=sys.stderr)
+            self._set_aside(set(garbled))
+        self.flushed = self.size
 
-    def append(self, record):
-        start = self.file.seek(0, os.SEEK_END)
-        try:
-            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            self.file.flush()
+    def _set_aside(self, garbled):
+        aside = f"{self.path}.garbled"
+        self.reader.seek(0)
+        with atomic(self.path, "wb") as good, open(aside, "ab") as bad:
+            for number, line in enumerate(self.reader):
+                (bad if number in garbled else good).write(line)
+        print(f"{self.path}: {len(garbled)} garbled line{'s'[:len(garbled) > 1]} moved to {aside}", file=sys.stderr)
+        self.close()
+        self.file, self.reader = open(self.path, "ab+", buffering=0), open(self.path, "rb")
+
+    def append(self, record, flush=True):
+        """Write a line; its place."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        with self.lock:
+            at, rest = self.size, line
+            try:
+                while rest:
+                    rest = rest[self.file.write(rest):]
+            except OSError as e:                           # a full disk: leave no half line behind
+                e.filename = str(self.path)
+                with contextlib.suppress(OSError):
+                    self.file.truncate(at)
+                raise
+            self.size += len(line)
+        if flush:
+            self.flush()
+        return at
+
+    def flush(self):
+        if self.flushed < (size := self.size):
             os.fdatasync(self.file.fileno())
-        except OSError:                                    # a full disk: leave no half line behind
-            with contextlib.suppress(OSError):
-                self.file.truncate(start)
-            raise
+            self.flushed = size
+
+    def read(self, at):
+        with self.lock:
+            self.reader.seek(at)
+            return json.loads(self.reader.readline())
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.file.close()
+        for f in (self.file, self.reader):
+            with contextlib.suppress(OSError):
+                f.close()
 
 
 def dying_with_parent():

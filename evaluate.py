@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, positive, read_json, read_questions, read_replies, run,
+from data import (Failure, Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, positive, read_json, read_questions, read_replies, run,
                   same_settings, stop_rule, write_json, write_jsonl)
 
 
@@ -143,7 +143,10 @@ def each_model(args, settings):
         def complete(prompts, stops):
             with teacher_of(args, folder / "journal.jsonl") as teacher:
                 requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": 0, "max_tokens": args.max_new} for p in prompts)
-                return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
+                texts = [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
+                if unfinished := teacher.unfinished():      # a score over a part is no result
+                    raise Failure(f"{folder}: {unfinished}")
+                return texts
         yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
         return
     from model import checkpoint_folder, generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of

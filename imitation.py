@@ -2,17 +2,19 @@
 
     python imitation.py study                                                     the whole paper on the embedded default
     python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint URL --endpoint-model NAME --out nq-synthetic.jsonl
+    python imitation.py synthesize tldr --posts posts.jsonl --endpoint URL --endpoint-model NAME --out tldr-synthetic.jsonl
     python imitation.py collect --prompts heldout.jsonl --endpoint URL --endpoint-model NAME --out replies.jsonl
 
 In this file:
     the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice
-    synthesis         NQ-synthetic (§3.1, appendix A)
+    synthesis         NQ-synthetic (§3.1, appendix A), TLDR-synthetic
     collection        replies to given prompts
     the study         a list of commands and a runner
 """
 import collections
 import email.utils
 import ipaddress
+import itertools
 import json
 import os
 import random
@@ -26,8 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, positive, read_json, read_prompts, read_questions,
-                  real, run, visible, write_json, write_jsonl)
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
+                  read_questions, real, run, visible, write_json, write_jsonl)
 
 
 # --- the teacher -------------------------------------------------------------------------------------------------------------
@@ -36,11 +38,11 @@ MAX_REPLY_BYTES = 8 << 20
 
 
 class Transient(Exception):
-    """A request that may succeed when asked again; `wait` is what the server asked for, in seconds."""
+    """A request that may succeed when asked again; `wait` is what the server asked for, in seconds; `throttled`: a 429."""
 
-    def __init__(self, why, wait=None):
+    def __init__(self, why, wait=None, throttled=False):
         super().__init__(why)
-        self.wait = wait
+        self.wait, self.throttled = wait, throttled
 
 
 def is_loopback(host):
@@ -50,50 +52,85 @@ def is_loopback(host):
         return host == "localhost"
 
 
+def request_key(model, teacher_id, omit, request):
+    """A hash of all that determines the reply: model, messages, sampling, seed, index, --teacher-id; not host or port."""
+    return digest(model, teacher_id, {k: v for k, v in request.items() if v is not None and k not in omit})
+
+
 class Teacher:
     """A client of one OpenAI-compatible /chat/completions endpoint, with a journal.
 
     `ask` yields a record per request, in the order of the requests, whatever the order of arrival. A record is in the
-    journal, on disk, before it is yielded; a request whose key stands in the journal is not sent again. The key is a hash
-    of all that determines the reply: model, messages, sampling, seed, index and `teacher_id`; not host or port.
+    journal, on disk, before it is yielded; a request whose reply stands there is not sent again.
 
-    A record's status: "ok"; or "length", "empty", "content_filter" (a reply that is no whole answer); or "refused" (the
-    server rejected this one request). Errors: UserError where the server refuses all work (wrong key, unknown model, no
-    quota left), Failure where it does not answer after all retries; what has arrived is in the journal.
+    A record's status: "ok"; "length", "empty", "content_filter" (paid for, and no whole answer); "refused" (the server
+    rejected this one request); "unanswered" (no reply after all tries); "unasked" (the budget was spent). A later run asks
+    the last three again. Errors: UserError where the server refuses all work (wrong key, unknown model, no quota left),
+    Failure where it does not answer; what has arrived is in the journal.
+
+    The budget counts what the journal holds, so a restart does not renew it: `max_requests` sent, retries included, and
+    `max_tokens_total` of prompts and replies. Where requests carry max_tokens the latter is never passed; where they do
+    not, twice the largest request so far is set aside for each that is under way, and the first goes alone.
     """
 
-    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, key_env=None, teacher_id=""):
+    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None, max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
         import requests
         try:
             url = urlsplit(endpoint)
-            whole = url.scheme in ("http", "https") and url.hostname and (url.port or 1)
+            whole = url.scheme in ("http", "https") and url.hostname and (url.port or 1) and not (url.username or url.password or url.query or url.fragment)
         except ValueError:
             whole = False
         if not whole:
-            raise UserError(f"--endpoint {endpoint}: not a URL like http://127.0.0.1:8000/v1")
+            raise UserError(f"--endpoint {endpoint.rpartition('@')[2].partition('?')[0]}: not a URL like http://127.0.0.1:8000/v1 without user, password or query (keys come from the environment)")
         self.url, self.model, self.teacher_id = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", model, teacher_id
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.concurrency, self.timeout, self.retries, self.max_tokens_field, self.omit = concurrency, timeout, retries, max_tokens_field, omit
+        self.gap, self.max_requests, self.max_tokens_total = 60 / rpm if rpm else 0.0, max_requests, max_tokens_total
         loopback = is_loopback(url.hostname)
         self.key = self._key(url, key_env, loopback)
         self.session = requests.Session()
         self.session.trust_env = not loopback              # a proxy of the environment is not for loopback
-        self.session.auth = self._sign                     # our own, so that netrc never supplies one
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
-        self.session.mount(f"{url.scheme}://", adapter)
-        self.lock, self.closing = threading.Lock(), threading.Event()
-        self.pause_until, self.answered, self.refused_in_a_row = 0.0, False, 0
-        self.counts = collections.Counter()
+        self.session.mount(f"{url.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        self.prepared = self.session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=lambda request: request))      # an auth of our own, so that netrc never supplies one
+        self.network = self.session.merge_environment_settings(self.url, {}, True, None, None)                                               # proxies and certificates, looked up once
+        self.lock, self.closing = threading.Condition(), threading.Event()
+        self.pause_until = self.next_turn = 0.0
+        self.reached, self.accepted, self.failed_in_a_row = False, False, 0
+        self.stopped = self.spent = None                   # the error that stops the work; the budget that is used up
+        self.reserved = self.largest = 0                   # tokens set aside for requests under way; the largest request so far
+        self.counts, self.yielded, self.models, self.used = (collections.Counter() for _ in range(4))        # of the work; of the records yielded: status, model, tokens
+        self.done, self.refused = {}, set()
         self._held = locked(journal, f"journal {journal}")
         self._held.__enter__()
-        self.journal = GrowingFile(journal)
-        self.done = {r["key"]: r for r in self.journal.records if "key" in r and r.get("status", "refused") != "refused"}      # a refusal cost nothing: ask again
+        self.journal = GrowingFile(journal, self._note)
+        self.counts["sent"] = len(self.done)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.journal.close()
+        self.session.close()
+        self._held.__exit__(None, None, None)
+
+    def _note(self, record, at):
+        """Take account of a journaled record, of this run or of an earlier one."""
+        if record["status"] == "refused":
+            self.refused.add(record["key"])                # it cost nothing: a later run asks again
+            return
+        self.counts["tokens"] += record.get("tokens", 0)
+        self.largest = max(self.largest, record.get("tokens", 0))
+        self.done[record["key"]] = at
 
     @staticmethod
     def _key(url, key_env, loopback):
         """The API key for this host: OPENAI_API_KEY for OpenAI's own host alone, for others the variable that --key-env names."""
+        openai = url.hostname == "api.openai.com" and url.scheme == "https"
         if key_env and url.scheme != "https" and not loopback:
             raise UserError(f"--key-env {key_env}: a key does not travel over plain http to {url.hostname}; use https")
-        name = key_env or ("OPENAI_API_KEY" if url.hostname == "api.openai.com" and url.scheme == "https" else None)
+        if key_env == "OPENAI_API_KEY" and not openai:
+            raise UserError(f"--key-env OPENAI_API_KEY: that key goes to api.openai.com alone; put the one for {url.hostname} into another variable")
+        name = key_env or ("OPENAI_API_KEY" if openai else None)
         if not name:
             return None
         key = os.environ.get(name, "").strip()
@@ -103,101 +140,156 @@ class Teacher:
             raise UserError(f"the API key in {name} has characters that no key has (a line break, a space, a letter with an accent)")
         return key
 
-    def _sign(self, request):
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
     def redact(self, text):
         return visible(str(text).replace(self.key, "[key]") if self.key else str(text))[:500]
 
-    def close(self):
-        self.journal.close()
-        self._held.__exit__(None, None, None)
+    def unfinished(self):
+        """What a later run would ask again, in a line; empty where every request was asked and answered."""
+        said = {"unasked": f"were not asked ({self.spent} is reached); with a larger budget the same command continues", "unanswered": "got no answer after all tries; the same command asks them again"}
+        return "; ".join(f"{self.yielded[status]} requests {what}" for status, what in said.items() if self.yielded[status])
 
-    def __enter__(self):
-        return self
+    def ask(self, requests_, label="ask", total=None, ahead=64):
+        """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`.
 
-    def __exit__(self, *error):
-        self.close()
-
-    def key_of(self, request):
-        return digest(self.model, self.teacher_id, request)
-
-    def ask(self, requests_, label="ask", total=None):
-        """Yield (request, record) for each of an iterable of requests: dicts of messages, sampling fields, and `index`."""
+        `ahead` x concurrency requests are taken before the first of them is yielded, so that a slow one holds up no other.
+        """
         from tqdm import tqdm
         waiting, under_way = collections.deque(), {}
         source = iter(requests_)
         pool = ThreadPoolExecutor(self.concurrency)
-        bar = tqdm(total=total, desc=label, unit=" replies", disable=None)
-        try:
-            while True:
-                while len(waiting) < 2 * self.concurrency and (request := next(source, None)) is not None:
-                    key = self.key_of(request)
-                    if key not in under_way:               # equal requests under way together are asked once
-                        under_way[key] = pool.submit(self._finish, key, request)
-                    waiting.append((request, key, under_way[key]))
-                if not waiting:
-                    return
-                request, key, future = waiting.popleft()
-                record = future.result()
-                under_way.pop(key, None)
-                bar.update()
-                bar.set_postfix(retries=self.counts["retries"], tokens=self.counts["tokens"], refresh=False)
-                yield request, record
-        finally:
-            self.closing.set()                             # whatever still waits for another try gives up
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.closing.clear()
-            bar.close()
+        started, before, self.stopped = time.monotonic(), self.counts["tokens"], None
+        with tqdm(total=total, desc=label, unit=" replies", disable=None) as self.bar:
+            try:
+                while True:
+                    while len(waiting) < ahead * self.concurrency and (request := next(source, None)) is not None:
+                        key = request_key(self.model, self.teacher_id, self.omit, request)
+                        if key not in under_way:           # equal requests under way together are asked once
+                            under_way[key] = pool.submit(self._finish, key, request)
+                        waiting.append((request, key, under_way[key]))
+                    if not waiting:
+                        return
+                    request, key, future = waiting.popleft()
+                    try:
+                        record = future.result()
+                    except Exception as e:
+                        raise self.stopped or e            # the first error that stopped the work, not its echo in other threads
+                    under_way.pop(key, None)
+                    self.journal.flush()
+                    self.yielded[record["status"]] += 1
+                    self.models[str(record.get("model"))] += "model" in record
+                    usage = record["usage"] if isinstance(record.get("usage"), dict) else {}
+                    self.used.update({k: usage[k] for k in ("prompt_tokens", "completion_tokens") if type(usage.get(k)) is int})
+                    self.bar.update()
+                    if not self.bar.disable:
+                        tokens = self.counts["tokens"]
+                        self.bar.set_postfix_str(f"{self.counts['retries']} retries, {tokens} tokens, {(tokens - before) / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+                    yield request, record
+            finally:
+                self.closing.set()                         # whatever still waits for another try gives up; what is under way is paid for and awaited
+                pool.shutdown(wait=True, cancel_futures=True)
+                self.closing.clear()
 
     def _finish(self, key, request):
         """The record of one request: from the journal, or asked for and journaled."""
+        if key in self.done:
+            return self.journal.read(self.done[key])
+        need = 0
+        try:
+            need = self._reserve(request)
+            record = {"key": key, **({"status": "unasked", "content": ""} if need is None else self._send(request))}
+            if record["status"] not in ("unasked", "unanswered") and not (record["status"] == "refused" and key in self.refused):
+                at = self.journal.append(record, flush=False)                           # first of all: it is paid for; `ask` flushes before it counts
+                with self.lock:
+                    self._note(record, at)
+            return record
+        except BaseException as e:                         # a full disk, a refusal of all work: nothing more is sent
+            self.stopped = self.stopped or e
+            self.closing.set()
+            raise
+        finally:
+            with self.lock:
+                self.reserved -= need or 0
+                self.lock.notify_all()
+
+    def _reserve(self, request):
+        """Set tokens aside for one request and return how many; waits while those under way may leave room; None where the budget is spent."""
+        if self.max_tokens_total is None:
+            return 0
+        prompt = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in request["messages"]) + 64               # no token is shorter than a byte; and the template's
         with self.lock:
-            if key in self.done:
-                self.counts["from journal"] += 1
-                return self.done[key]
-        record = {"key": key, **self._send(request)}
+            while not self.closing.is_set():
+                left = self.max_tokens_total - self.counts["tokens"] - self.reserved
+                need = prompt + request["max_tokens"] if request.get("max_tokens") else 2 * self.largest or max(prompt, left)
+                if need <= left and not self.spent:
+                    self.reserved += need
+                    return need
+                if not self.reserved or self.spent:
+                    self.spent = self.spent or f"--max-tokens-total {self.max_tokens_total}"
+                    return None
+                self.lock.wait()
+        raise Failure("the work was stopped")
+
+    def _turn(self):
+        """Wait out --rpm and the pause that a server asked for; False where the budget allows no further request."""
         with self.lock:
-            self.journal.append(record)                    # first of all: it is paid for
-            self.done[key] = record
-            usage = record.get("usage")
-            tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-            self.counts["asked"] += 1
-            self.counts["tokens"] += tokens if isinstance(tokens, int) else 0
-            self.refused_in_a_row = self.refused_in_a_row + 1 if record["status"] == "refused" and not self.answered else 0
-            self.answered |= record["status"] != "refused"
-            if self.refused_in_a_row >= 5:
-                raise UserError(f"{self.url} refused the first five requests: {record['error']}")
-        return record
+            if self.max_requests and self.counts["sent"] >= self.max_requests:
+                self.spent = self.spent or f"--max-requests {self.max_requests}"
+                return False
+            self.counts["sent"] += 1
+        at = -1.0
+        while at < self.pause_until:                       # a pause that came while this one waited sends it to the back of the queue
+            with self.lock:
+                at = max(time.monotonic(), self.next_turn, self.pause_until)
+                self.next_turn = at + self.gap
+            if self.closing.wait(at - time.monotonic()):
+                raise Failure("the work was stopped")
+        return True
 
     def _send(self, request):
-        attempt = 0
+        """The fields of a record; tries again what may get better."""
+        tries = fruitless = replies = 0
         while True:
-            if (pause := self.pause_until - time.monotonic()) > 0:
-                self.closing.wait(pause)
+            if not self._turn():
+                return {"status": "unasked", "content": ""}
             try:
-                return self._post(request)
+                return self._heard(self._post(request))
             except Transient as e:
-                attempt += 1
                 with self.lock:
                     self.counts["retries"] += 1
-                    limit = self.retries if self.answered else min(self.retries, 3)
+                    if e.throttled and self.counts["replies"] > replies:                # others are served: this one waits its turn
+                        fruitless, replies = 0, self.counts["replies"]
+                    tries, fruitless = tries + 1, fruitless + 1
                     if e.wait is not None:                 # the server named a time: every thread keeps it
                         self.pause_until = max(self.pause_until, time.monotonic() + min(e.wait, 600))
-                if attempt > limit or self.closing.is_set():
-                    raise Failure(f"{self.url}: {e} ({attempt} tries); what has arrived is in {self.journal.path}, the same command continues")
-                self.closing.wait(backoff(attempt))        # also after a pause that the server named: it may have said 0
+                    if fruitless > (self.retries if self.reached else min(self.retries, 3)):
+                        self.failed_in_a_row += 1
+                        if not self.done or self.failed_in_a_row >= 5:
+                            raise Failure(f"{self.url}: {e} ({tries} tries); what has arrived is in {self.journal.path}, the same command continues")
+                        return {"status": "unanswered", "content": "", "error": str(e)}
+                if self.closing.wait(backoff(tries)):      # also after a pause that the server named: it may have said 0
+                    raise Failure("the work was stopped")
+
+    def _heard(self, record):
+        """The record, once it is seen that the server does not refuse everything."""
+        with self.lock:
+            refused = record["status"] == "refused"
+            self.counts["replies"] += 1
+            self.accepted |= not refused
+            self.failed_in_a_row = self.failed_in_a_row + 1 if refused and not self.accepted else 0
+            if self.failed_in_a_row >= 5:
+                raise UserError(f"{self.url} refused the first five requests: {record['error']}")
+        return record
 
     def _post(self, request):
         import requests
         import urllib3
-        body = {"model": self.model, **{k: v for k, v in request.items() if k != "index" and v is not None}}
+        body = {self.max_tokens_field if k == "max_tokens" else k: v for k, v in request.items() if k != "index" and v is not None and k not in self.omit}
+        prepared = self.prepared.copy()
+        prepared.prepare_body(json.dumps({"model": self.model, **body}).encode(), None)
         started = time.monotonic()
         try:
-            with self.session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False, stream=True) as response:
-                raw = b""
+            with self.session.send(prepared, timeout=self.timeout, allow_redirects=False, **self.network) as response:
+                raw = bytearray()
                 while piece := response.raw.read1(1 << 16, decode_content=True):         # what is there, so that the clock is looked at
                     raw += piece
                     if len(raw) > MAX_REPLY_BYTES:
@@ -206,7 +298,12 @@ class Teacher:
                         raise Transient(f"no whole reply within {self.timeout:g} s")
                 status, headers = response.status_code, response.headers
         except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
-            raise Transient(self.redact(f"no answer ({type(e).__name__})"))
+            if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                raise UserError(f"{self.url}: the server's certificate is not one that this machine trusts") from None
+            raise Transient(self.redact(f"no answer ({type(e).__name__})")) from None
+        self.reached = True
+        if self.key and len(self.key) >= 16:               # a server may echo the key; one shorter than this may be a word of an answer
+            raw = raw.replace(self.key.encode(), b"[key]")
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
@@ -216,23 +313,32 @@ class Teacher:
         error = answer.get("error", answer.get("detail")) if isinstance(answer, dict) else None
         kind = f"{error.get('type')} {error.get('code')}" if isinstance(error, dict) else ""
         message = self.redact(error.get("message") if isinstance(error, dict) else error or raw[:200].decode("utf-8", "replace"))
-        if status in (401, 403, 404) or 300 <= status < 400 or "insufficient_quota" in kind:
+        if 300 <= status < 400:
+            raise UserError(f"{self.url} answered {status}, a redirect to {self.redact(headers.get('Location'))}, which is not followed; give the address itself as --endpoint")
+        if status in (401, 402, 403, 404) or "insufficient_quota" in kind:
             raise UserError(f"{self.url} answered {status}: {message}")
         if status in (400, 413, 422):
-            return {"status": "refused", "error": f"{status}: {message}", "time": round(time.time())}
-        raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")) if status in (429, 503) else None)
+            return {"status": "content_filter" if "content_filter" in kind else "refused", "content": "", "error": f"{status}: {message}", **self._provenance(request)}
+        raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")), status == 429)
 
     def _record(self, request, answer):
         try:
             choice = answer["choices"][0]
-            content, finish = choice["message"]["content"], choice.get("finish_reason")
+            message, finish = choice["message"], choice.get("finish_reason")
+            content, filtered = message.get("content"), finish == "content_filter" or message.get("refusal")
             if content is not None and not isinstance(content, str):
                 raise TypeError
-        except (KeyError, IndexError, TypeError):
-            raise Transient("answered 200 without a choice in it; is this an OpenAI-compatible endpoint?")
-        status = "content_filter" if finish == "content_filter" else "length" if finish == "length" else "ok" if (content or "").strip() else "empty"
-        return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": answer.get("usage"), "time": round(time.time()),
-                "sampling": {k: v for k, v in request.items() if k not in ("messages", "index")}}
+        except (AttributeError, KeyError, IndexError, TypeError):
+            raise Transient("answered 200 without a choice in it; is this an OpenAI-compatible endpoint?") from None
+        status = "content_filter" if filtered else "length" if finish == "length" else "ok" if (content or "").strip() else "empty"
+        usage = answer.get("usage")
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+        if type(tokens) is not int or tokens < 0:          # the server does not say: about four bytes a token
+            tokens = (sum(len(m["content"]) for m in request["messages"]) + len(content or "")) // 4
+        return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": usage, "tokens": tokens, **self._provenance(request)}
+
+    def _provenance(self, request):
+        return {"time": round(time.time()), "sampling": {k: v for k, v in request.items() if k not in ("messages", "index") and v is not None and k not in self.omit}}
 
 
 def backoff(attempt):
@@ -242,15 +348,12 @@ def backoff(attempt):
 
 def retry_after(value):
     """Seconds of a Retry-After header, which is a number or a date; None where there is none."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
+    for read in (float, lambda text: email.utils.parsedate_to_datetime(text).timestamp() - time.time()):
         try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except (TypeError, ValueError):
-            return None
+            return max(0.0, read(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+    return None
 
 
 def add_endpoint_flags(parser, required=True):
@@ -259,19 +362,42 @@ def add_endpoint_flags(parser, required=True):
     parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key; OPENAI_API_KEY is used for OpenAI's own host alone")
     parser.add_argument("--teacher-id", default="", help="part of the journal's keys: set it when the same name comes to mean another model")
     parser.add_argument("--concurrency", type=positive, default=8, help="requests under way at once")
+    parser.add_argument("--rpm", type=positive, metavar="N", help="requests a minute at most; None is as fast as replies come")
     parser.add_argument("--timeout", type=real, default=120.0, help="seconds a request")
+    parser.add_argument("--retries", type=natural, default=6, help="further tries of a request that failed for a passing reason")
+    parser.add_argument("--max-requests", type=positive, metavar="N", help="stop before sending more, retries and what the journal holds included")
+    parser.add_argument("--max-tokens-total", type=count, metavar="N", help="stop before prompts and replies, the journal's included, may pass this; a bound where --max-new is given, an estimate without")
+    parser.add_argument("--max-tokens-field", choices=["max_tokens", "max_completion_tokens"], default="max_tokens", help="what the host calls --max-new")
+    parser.add_argument("--omit", action="append", choices=["seed", "temperature"], default=[], help="do not send this field, which the host refuses")
 
 
 def teacher_of(args, journal):
     if not args.timeout:
         raise UserError("--timeout must be more than 0 seconds")
-    return Teacher(args.endpoint, args.endpoint_model, journal, concurrency=args.concurrency, timeout=args.timeout, key_env=args.key_env, teacher_id=args.teacher_id)
+    names = ("concurrency", "timeout", "retries", "rpm", "max_requests", "max_tokens_total", "max_tokens_field", "omit", "key_env", "teacher_id")
+    return Teacher(args.endpoint, args.endpoint_model, journal, **{name: getattr(args, name) for name in names})
 
 
-def write_card(path, title, rows):
-    """FILE.card.md: where a set came from, in counts and settings."""
-    with atomic(str(path) + ".card.md") as f:
-        f.write(f"# {title}\n\n" + "".join(f"- {name}: {value}\n" for name, value in rows))
+def write_card(args, title, teacher, rows):
+    """OUT.card.md: where a set came from, in counts and settings, which are the flags without addresses, keys and pace."""
+    pace = ("endpoint", "key_env", "command", "out", "dry_run", "concurrency", "rpm", "timeout", "retries", "max_requests", "max_tokens_total")
+    rows = [*rows, ("requests by status", dict(teacher.yielded)), ("their tokens, by the server's count", dict(teacher.used)),
+            ("all tokens in the journal, estimated where the server gave no count", teacher.counts["tokens"]), ("replies by model, as the server named it", dict(+teacher.models)),
+            ("stopped early", teacher.spent or "no"), ("settings", {k: v for k, v in vars(args).items() if k not in pace and v not in (None, [], "")})]
+    with atomic(args.out + ".card.md") as f:
+        f.write(f"# {title}\n\n" + "".join(f"- {name}: {visible(json.dumps(value, ensure_ascii=False))}\n" for name, value in rows))
+
+
+def dry_run(args, requests_):
+    """Print what these requests would take; nothing is sent, and no key is needed."""
+    done, journal = set(), Path(args.out + ".journal.jsonl")
+    if journal.is_file():
+        with locked(journal, f"journal {journal}"):
+            GrowingFile(journal, lambda record, at: record["status"] == "refused" or done.add(record["key"])).close()
+    sizes = {request_key(args.endpoint_model, args.teacher_id, args.omit, r): sum(len(m["content"].encode("utf-8", "replace")) for m in r["messages"]) for r in requests_}
+    todo = [size for key, size in sizes.items() if key not in done]
+    replies = f"replies of at most {len(todo) * args.max_new} tokens" if args.max_new else "replies of unknown length (--max-new bounds them)"
+    print(f"{args.out}: {len(sizes)} requests, {len(sizes) - len(todo)} of them answered in the journal; to ask: {len(todo)}, with about {sum(todo) // 4} tokens of prompts and {replies}")
 
 
 # --- synthesis (§3.1) -----------------------------------------------------------------------------------------------------------
@@ -286,18 +412,20 @@ Write five new pairs that are similar to these but different from them. Each que
 
 
 def parse_pairs(text):
-    """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:` are all met in practice."""
+    """Question-answer pairs in a reply, leniently: numbering, bold marks, blank lines, `Question:` and `Answer:`, an answer on its question's line are all met in practice."""
     pairs, question = [], None
     for line in text.splitlines():
-        match = re.match(r"\s*(?:[-*•]\s+)?(?:\(?\d+[.):]\s*)?(?:\*\*|__)?(?:\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*(?:\*\*|__)?\s*[:.]\s*(?:\*\*|__)?\s*(.*)", line, re.IGNORECASE)
+        match = re.match(r"\s*(?:[-*•#>]+\s+)?(?:\(?\d+[.):]\s*)?(?:\*\*|__)?(?:\d+[.):]\s*)?(q|a|question|answer)\s*\d*\s*(?:\*\*|__)?\s*[:.]\s*(?:\*\*|__)?\s*(.*)", line, re.IGNORECASE)
         if not match:
             continue
-        value = re.sub(r'^(\*\*|__|")([^*"]*)\1$', r"\2", match[2].strip()).strip()      # marks around the whole value, not within it
-        value = value.removesuffix("**").strip() if value.count("**") == 1 else value
-        if match[1].lower().startswith("q"):
-            question = value
-        elif question and value:
-            pairs.append((question, value))
+        asks = match[1].lower().startswith("q")
+        values = re.split(r"(?<=\S)\s+(?:\*\*|__)?(?:A|Answer)(?:\*\*|__)?:(?:\*\*|__)?\s*", match[2], maxsplit=1) if asks else [match[2]]
+        values = [re.sub(r'^(\*\*|__|")([^*"]*)\1$', r"\2", v.strip()).strip() for v in values]                         # marks around the whole value, not within it
+        values = [v.removesuffix("**").strip() if v.count("**") == 1 else v for v in values]
+        if asks:
+            question = re.sub(r"^\d+[.)]\s+", "", values[0])
+        if question and values[-1] and (not asks or len(values) > 1):
+            pairs.append((question, values[-1]))
             question = None
     return pairs
 
@@ -306,28 +434,41 @@ def normalize_pair_question(text):
     return " ".join(text.lower().strip().rstrip("?").split())
 
 
+def synthesize(args):
+    work, needed = {"nq": (synthesize_nq, "seed_pairs"), "tldr": (synthesize_tldr, "posts")}[args.what]
+    if not getattr(args, needed):
+        raise UserError(f"synthesize {args.what}: needs --{needed.replace('_', '-')} FILE")
+    work(args)
+
+
 def synthesize_nq(args):
     """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random.
 
     The query is the question in the form in which the evaluation asks it, "Q: …?\\nA:" (the paper has this form in the request and does
     not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
     """
+    args.n = 6000 if args.n is None else args.n            # §3.1
     seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
     excluded = {normalize_pair_question(r["question"]) for f in args.exclude for r in read_questions(f)}
     own = {normalize_pair_question(q) for q, _ in seeds}
 
-    def requests_():
-        for i in range(10 * args.n):
+    def requests_(limit):
+        for i in range(limit):
             shown = random.Random(f"{args.seed} {i}").sample(seeds, 5)
             examples = "\n\n".join(f"Q: {q.rstrip('?')}?\nA: {a}" for q, a in shown)
-            yield {"messages": [{"role": "user", "content": NQ_REQUEST.format(examples=examples)}], "temperature": args.temperature, "seed": args.seed * 10**6 + i, "index": i}
+            yield {"messages": [{"role": "user", "content": NQ_REQUEST.format(examples=examples)}], "temperature": args.temperature, "seed": (args.seed * 10**6 + i) % 2**31, "max_tokens": args.max_new, "index": i}
 
-    kept, seen, rejected, statuses, barren = [], set(), collections.Counter(), collections.Counter(), 0
+    if args.dry_run:
+        print(f"at five new pairs a request, the fewest that {args.n} pairs can take:")
+        return dry_run(args, requests_(-(-args.n // 5)))
+    kept, seen, rejected, lowered, barren, why = [], set(), collections.Counter(), 0, 0, f"{10 * args.n} requests were asked"
     with teacher_of(args, args.out + ".journal.jsonl") as teacher:
-        for request, record in teacher.ask(requests_(), "synthesize"):
-            statuses[record["status"]] += 1
+        for request, record in teacher.ask(requests_(10 * args.n), "synthesize", ahead=2):
+            if record["status"] == "unasked":
+                why = f"{teacher.spent} is reached"
+                break
             before = len(kept)
             pairs = parse_pairs(record["content"]) if record["status"] == "ok" else []
             if record["status"] == "ok" and not pairs:
@@ -340,42 +481,89 @@ def synthesize_nq(args):
                     rejected[reason] += 1
                 elif len(kept) < args.n:
                     seen.add((normal, answer.lower()))
+                    lowered += question != question.lower()
                     kept.append({"id": f"{record['key']}-{k}", "source": "nq-synthetic", "messages": [{"role": "user", "content": f"Q: {normal}?\nA:"}, {"role": "assistant", "content": answer}]})
             barren = 0 if len(kept) > before else barren + 1
-            if len(kept) >= args.n or barren >= 200:
+            if kept:
+                teacher.bar.total = round(sum(teacher.yielded.values()) * args.n / len(kept))             # so that the time left is a guess from the yield so far
+            if len(kept) >= args.n:
                 break
-        usage = teacher.counts["tokens"]
+            if barren >= 200:
+                why = "the teacher only repeated itself, or gave no pairs: 200 requests in a row brought nothing new"
+                break
+    replies = sum(teacher.yielded.values()) - teacher.yielded["unasked"]
     if not kept:
-        raise Failure(f"no pair was kept out of {sum(statuses.values())} replies ({', '.join(f'{n} {r}' for r, n in (statuses + rejected).most_common())}); nothing was written to {args.out}")
+        raise Failure(f"no pair was kept out of {replies} replies ({', '.join(f'{n} {r}' for r, n in (teacher.yielded + rejected).most_common())}); nothing was written to {args.out}")
     write_jsonl(args.out, kept)
-    settings = {k: v for k, v in vars(args).items() if k not in ("endpoint", "command", "what", "out", "concurrency", "timeout", "key_env")}
-    write_card(args.out, "NQ-synthetic", [("pairs", len(kept)), ("requests by status", dict(statuses)), ("rejected pairs by reason", dict(rejected)), ("tokens paid in this run", usage), ("settings", settings)])
-    print(f"{args.out}: {len(kept)} pairs from {sum(statuses.values())} requests; rejected: " + (", ".join(f"{n} {r}" for r, n in rejected.most_common()) or "none"))
+    write_card(args, "NQ-synthetic", teacher, [("pairs", len(kept)), ("questions put into lower case", lowered), ("rejected pairs by reason", dict(rejected)), ("request", NQ_REQUEST)])
+    failed = "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status not in ("ok", "unasked"))
+    print(f"{args.out}: {len(kept)} pairs from {replies} requests{failed}; {lowered} put into lower case; rejected: " + (", ".join(f"{n} {r}" for r, n in rejected.most_common()) or "none"))
     if len(kept) < args.n:
-        print(f"{args.out}: {len(kept)} of {args.n} pairs: the teacher only repeated itself (200 requests in a row brought nothing new), or gave no pairs", file=sys.stderr)
+        print(f"{args.out}: {len(kept)} of {args.n} pairs: {why}", file=sys.stderr)
+
+
+# The paper (ICLR version) has summaries of 200k passages of the Reddit tl;dr set; its request is not stated.
+TLDR_REQUEST = """Summarize the following post in one or two short sentences. Answer with the summary alone.
+
+{post}"""
+
+
+def synthesize_tldr(args):
+    """TLDR-synthetic: the teacher's summary of each passage."""
+    def jobs(left_out):
+        seen = set()
+        for number, row in numbered_jsonl(args.posts, "post"):
+            if not isinstance(row["post"], str):
+                raise UserError(f"{args.posts}:{number}: post must be a text")
+            known = digest(row["post"])
+            if known in seen or not row["post"].strip():
+                left_out["repeated" if known in seen else "empty"] += 1
+            else:
+                seen.add(known)
+                yield {"source": "tldr-synthetic", "post": row.get("id", number)}, [{"role": "user", "content": TLDR_REQUEST.format(post=row["post"].strip())}], 0
+
+    left_out = collections.Counter()
+    total = sum(1 for _ in jobs(left_out))                 # every line is looked at before the first is paid for
+    n = min(args.n or total, total)
+    write_replies(args, "TLDR-synthetic", itertools.islice(jobs(collections.Counter()), n), n, [("passages", total), ("passages left out", dict(left_out)), ("request", TLDR_REQUEST)])
 
 
 # --- collection -------------------------------------------------------------------------------------------------------------------
 
+def write_replies(args, title, jobs, total, rows):
+    """Ask for a reply to each job, (fields, messages, sample); conversations go to --out in the order of the jobs, what is no good reply to OUT.failed.jsonl."""
+    request = lambda job: {"messages": job[1], "temperature": args.temperature, "seed": (args.seed * 1000 + job[2]) % 2**31, "max_tokens": args.max_new, "index": job[2]}
+    if args.dry_run:
+        return dry_run(args, map(request, jobs))
+    jobs, asked = itertools.tee(jobs)
+    with teacher_of(args, args.out + ".journal.jsonl") as teacher, atomic(args.out) as good, atomic(args.out + ".failed.jsonl") as bad:
+        for (_, record), (fields, messages, _) in zip(teacher.ask(map(request, asked), args.command, total), jobs):
+            entry = {"id": record["key"], **fields, "key": record["key"]}
+            status = record["status"]
+            if status == "ok":
+                good.write(json.dumps({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}, ensure_ascii=False) + "\n")
+            elif status != "unasked":
+                bad.write(json.dumps({**entry, "status": status, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
+    write_card(args, title, teacher, rows)
+    print(f"{args.out}: {teacher.yielded['ok']} replies" + "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status != "ok"))
+    if unfinished := teacher.unfinished():
+        print(f"{args.out}: {unfinished}", file=sys.stderr)
+
+
 def collect(args):
-    """Replies to prompts, `samples` each: it builds a broad set from prompts at hand, and the references of style and judge."""
+    """Replies to prompts, `samples` each: it builds a broad set from prompts at hand, and the references of style and judge.
+
+    A reply carries its prompt's id, by which the evaluations pair replies; its journal key is in `key`. Samples are requests of
+    their own with seeds of their own, because servers differ in what they make of `n`.
+    """
     prompts = read_prompts(args.prompts)
-    jobs = [(p, k) for p in prompts for k in range(args.samples)]
-    requests_ = ({"messages": p["messages"], "temperature": args.temperature, "seed": args.seed * 1000 + k, "max_tokens": args.max_new, "index": k} for p, k in jobs)
-    replies, failed = [], []
-    with teacher_of(args, args.out + ".journal.jsonl") as teacher:
-        for (prompt, k), (_, record) in zip(jobs, teacher.ask(requests_, "collect", len(jobs))):
-            key = prompt["id"] if args.samples == 1 else f"{prompt['id']}/{k}"
-            entry = {"id": key, "source": args.endpoint_model, **({"category": prompt["category"]} if "category" in prompt else {}), "key": record["key"]}
-            if record["status"] == "ok":
-                replies.append({**entry, "messages": [*prompt["messages"], {"role": "assistant", "content": record["content"]}]})
-            else:
-                failed.append({**entry, "status": record["status"], "content": record.get("content"), "error": record.get("error")})
-    write_jsonl(args.out, replies)
-    write_jsonl(args.out + ".failed.jsonl", failed)
-    counts = collections.Counter(f["status"] for f in failed)
-    write_card(args.out, "Collected replies", [("replies", len(replies)), ("failed by status", dict(counts)), ("teacher", args.endpoint_model), ("temperature", args.temperature), ("seed", args.seed)])
-    print(f"{args.out}: {len(replies)} replies" + "".join(f", {n} {status}" for status, n in counts.items()))
+    for p in prompts:
+        if p["messages"][-1]["role"] != "user":
+            raise UserError(f"{args.prompts}: {p['id']!r} ends with a turn of the {p['messages'][-1]['role']}; a prompt ends with the user's")
+
+    jobs = (({"id": p["id"] if args.samples == 1 else f"{p['id']}/{k}", "source": args.endpoint_model, **({"category": p["category"]} if "category" in p else {})},
+             [{"role": m["role"], "content": m["content"]} for m in p["messages"]], k) for p in prompts for k in range(args.samples))
+    write_replies(args, "Collected replies", jobs, len(prompts) * args.samples, [("prompts", len(prompts))])
 
 
 # --- the study ----------------------------------------------------------------------------------------------------------------------
@@ -546,27 +734,31 @@ def main():
     p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
     p.add_argument("--jobs", type=positive, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
 
-    p = commands.add_parser("synthesize", help="an imitation set out of seed pairs", example="python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out nq.jsonl")
-    p.add_argument("what", choices=["nq"])
-    p.add_argument("--seed-pairs", required=True, metavar="FILE", help="question, answer; the paper uses ten")
-    p.add_argument("--n", type=count, default=6000, help="pairs to keep (§3.1)")
+    p = commands.add_parser("synthesize", help="an imitation set for one task", example="python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out nq.jsonl")
+    p.add_argument("what", choices=["nq", "tldr"], help="nq: question-answer pairs out of seed pairs; tldr: summaries of given passages")
+    p.add_argument("--seed-pairs", metavar="FILE", help="nq: question, answer; the paper uses ten")
+    p.add_argument("--posts", metavar="FILE", help="tldr: JSON lines with `post`, and `id` if there is one")
+    p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3.1); of the passages the first n, None is all")
     p.add_argument("--temperature", type=real, default=1.0, help="§3.1")
-    p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="questions that must not appear, such as the evaluation set")
-    p.add_argument("--max-answer-words", type=positive, default=10)
-    p.add_argument("--out", required=True, metavar="FILE")
-    p.add_argument("--seed", type=natural, default=0)
-    add_endpoint_flags(p)
+    p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="nq: questions that must not appear, such as the evaluation set")
+    p.add_argument("--max-answer-words", type=positive, default=10, help="nq")
+    add_asking_flags(p)
 
     p = commands.add_parser("collect", help="a teacher's replies to given prompts", example="python imitation.py collect --prompts heldout.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out replies.jsonl")
-    p.add_argument("--prompts", required=True, metavar="FILE")
+    p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or `messages` that end with the user's turn")
     p.add_argument("--samples", type=positive, default=1, help="replies a prompt")
-    p.add_argument("--temperature", type=real, default=1.0)
-    p.add_argument("--max-new", type=positive, help="tokens at most; None leaves it to the server")
+    p.add_argument("--temperature", type=real, help="None is not sent")
+    add_asking_flags(p)
+    args = parser.parse_args()
+    {"study": study, "synthesize": synthesize, "collect": collect}[args.command](args)
+
+
+def add_asking_flags(p):
+    p.add_argument("--max-new", type=positive, help="tokens of a reply at most; None leaves it to the server")
     p.add_argument("--out", required=True, metavar="FILE")
     p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--dry-run", action="store_true", help="print the number of requests and the estimated tokens; send nothing")
     add_endpoint_flags(p)
-    args = parser.parse_args()
-    {"study": study, "synthesize": synthesize_nq, "collect": collect}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
+    python tests/bench.py teacher               requests a second, CPU and memory of the teacher client beside the openai client, which is to be installed
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
     python tests/bench.py train                 training steps beside a plain transformers + torch.optim loop; DDP beside one process
 """
 import argparse
+import asyncio
+import importlib.util
 import json
 import multiprocessing
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -315,16 +320,129 @@ def train(args):
     pairs = sorted((b[0] / b[1] / (a[0] / a[1]), a[0] / a[1], b[0] / b[1]) for a, b in ((measured(our_steps, "llama 58M", 1), measured(ddp_steps, "llama 58M", 2)) for _ in range(args.runs)))
     ratio, one, two = pairs[len(pairs) // 2]
     print(f"llama 58M: one process with two threads {one:.0f} tok/s, two DDP processes with one thread each {two:.0f}: {ratio:.2f}")
+# --- the teacher client -----------------------------------------------------------------------------------------------------------
+
+CONCURRENCY, SECONDS = 32, 0.05
+ENOUGH = "A sentence of some words that stands for an answer. " * 8
+
+
+class Answering(asyncio.Protocol):
+    """A server that costs little: every request gets the same reply after SECONDS, connections stay open."""
+    body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "message": {"role": "assistant", "content": ENOUGH}, "finish_reason": "stop"}],
+                       "usage": {"prompt_tokens": 20, "completion_tokens": 80, "total_tokens": 100}}).encode()
+    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+    def connection_made(self, transport):
+        self.transport, self.buffer = transport, b""
+
+    def data_received(self, piece):
+        self.buffer += piece
+        while b"\r\n\r\n" in self.buffer:
+            head, _, rest = self.buffer.partition(b"\r\n\r\n")
+            length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            if len(rest) < length:
+                return
+            self.buffer = rest[length:]
+            asyncio.get_running_loop().call_later(SECONDS, self.transport.write, self.reply)
+
+
+def answer_for_ever():
+    async def serve():
+        server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+    asyncio.run(serve())
+
+
+def sample_of(n, started, cpu):
+    """Requests a second, milliseconds of CPU a request, resident MiB, of the last n requests of this process."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return n / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / n, resident
+
+
+def messages_of(i):
+    return [{"role": "user", "content": f"question {i}: {ENOUGH}"}]
+
+
+def our_client(url, n, folder):
+    from imitation import Teacher
+
+    def ready(n=n, name="journal"):
+        samples, slice_ = [], n // 10
+        with Teacher(url, "m", Path(folder) / f"{name}-{os.getpid()}", concurrency=CONCURRENCY) as teacher:
+            started, cpu = time.perf_counter(), time.process_time()
+            for i, _ in enumerate(teacher.ask({"messages": messages_of(i), "seed": i, "index": i} for i in range(n)), 1):
+                if i % slice_ == 0:
+                    samples.append(sample_of(slice_, started, cpu))
+                    started, cpu = time.perf_counter(), time.process_time()
+        return samples
+    ready(300, "warm-up")
+    return ready
+
+
+def openai_client(url, n, folder):
+    import openai
+
+    def ready(n=n):
+        async def ask():
+            async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+                turns, samples, done, slice_ = iter(range(n)), [], 0, n // 10
+                started, cpu = time.perf_counter(), time.process_time()
+
+                async def worker():
+                    nonlocal done, started, cpu
+                    for i in turns:
+                        await client.chat.completions.create(model="m", messages=messages_of(i), seed=i)
+                        done += 1
+                        if done % slice_ == 0:
+                            samples.append(sample_of(slice_, started, cpu))
+                            started, cpu = time.perf_counter(), time.process_time()
+                await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
+                return samples
+        return asyncio.run(ask())
+    ready(300)
+    return ready
+
+
+def teacher(args):
+    """Against a server in a process of its own. Ours journals every reply to the disk, the other keeps none. The first and the last tenth of the requests tell growth."""
+    server = subprocess.Popen([sys.executable, "-c", "import bench; bench.answer_for_ever()"], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+    try:
+        url, ideal = f"http://127.0.0.1:{int(server.stdout.readline())}/v1", CONCURRENCY / SECONDS
+        clients = [("ours", our_client, 20000)]
+        if importlib.util.find_spec("openai"):
+            clients.append(("openai, asyncio", openai_client, 4000))
+        else:
+            print("the openai client is not installed (pip install openai): ours alone", file=sys.stderr)
+        rows = [["client", "requests", "a second", f"of the ideal {ideal:.0f}", "CPU ms each", "first tenth", "last tenth", "MiB after a tenth", "MiB at the end"]]
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(args.runs):                                  # in turn, so that a slow minute meets both
+                for name, client, n in clients:
+                    samples, seconds, _ = measured(client, url, n, folder)
+                    cpu = [c for _, c, _ in samples]
+                    rows.append([name, n, f"{n / seconds:.0f}", f"{n / seconds / ideal:.2f}", f"{statistics.mean(cpu):.2f}", f"{cpu[0]:.2f}", f"{cpu[-1]:.2f}", f"{samples[0][2]:.1f}", f"{samples[-1][2]:.1f}"])
+        print_table(rows)
+    finally:
+        server.kill()
+
+
+COMMANDS = {
+    "generation": (generation, "beside transformers' generate()"),
+    "attention": (attention, "the kernel beside torch's, on a GPU"),
+    "loading": (loading, "memory of one rank of 8"),
+    "train": (train, "training steps beside a transformers loop"),
+    "teacher": (teacher, "the teacher client beside the openai client"),
+}
 
 
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8"), ("train", "training steps beside a transformers loop")):
+    for name, (_, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading, "train": train}[args.command](args)
+    COMMANDS[args.command][0](args)
 
 
 if __name__ == "__main__":
