@@ -13,6 +13,7 @@ In this file, in the order in which text becomes training data:
     pack                             one memory-mapped stream of tokens; blocks; inspect
 """
 import argparse
+import collections
 import contextlib
 import csv
 import errno
@@ -31,6 +32,7 @@ import signal
 import sys
 import traceback
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -622,117 +624,161 @@ def read_questions(path):
 
 
 # --- corpora -------------------------------------------------------------------------------------------------------------
-# Each reader yields (id, messages) of a file in the format in which the public set is spread.
 
-def json_records(path):
-    """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file."""
-    decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8-sig", errors="replace") as f:      # a byte that is not UTF-8 spoils its character, not the file
-        head = f.read(1)
-        while head and head.isspace():
-            head = f.read(1)
-        if head != "[":
-            yield from read_jsonl(path)
-            return
-        buffer, position, n = "", 0, 0
+def json_records(path, strict=False):
+    """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file.
+
+    A file that breaks off gives its whole records and one line on stderr with their number and the byte where the torn one begins;
+    with `strict` that line is an error, as a malformed record always is.
+    """
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:      # every byte keeps its length, so that places can be told in bytes
+        buffer, n, line, before = f.read(1 << 20), 0, 1, 0
+        at = re.match(r"\ufeff?\s*\[?", buffer).end()
+        array = buffer[:at].endswith("[")
         while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n,":
-                position += 1
-            if position < len(buffer) and buffer[position] == "]":
+            at = blank.match(buffer, at).end()
+            if array and buffer[at:at + 1] == "]":
                 return
             try:
-                if position == len(buffer):
-                    raise ValueError
-                record, end = decoder.raw_decode(buffer, position)
+                record, end = decoder.raw_decode(buffer, at)
             except RecursionError:
                 raise UserError(f"{path}: record {n + 1} is nested too deeply to read")
-            except ValueError:
-                piece = f.read(1 << 20)
-                if not piece:
-                    raise UserError(f"{path}: the JSON array breaks off or is malformed after {n} whole records")
-                buffer, position = buffer[position:] + piece, 0
-                continue
-            position, n = end, n + 1
+            except json.JSONDecodeError as e:
+                place = lambda i: before + len(buffer[:i].encode("utf-8", "surrogateescape"))
+                if e.pos < len(buffer) - 10 and not e.msg.startswith("Unterminated string"):           # not the end of the buffer's doing
+                    raise UserError(f"{path}:{line + buffer.count(chr(10), 0, e.pos)}: not JSON at byte {place(e.pos)}, after {n} whole records ({e.msg})")
+                if piece := f.read(max(1 << 20, len(buffer) - at)):                                     # a giant record is tried again at each doubling only
+                    before, line = place(at), line + buffer.count("\n", 0, at)
+                    buffer, at = buffer[at:] + piece, 0
+                    continue
+                if at == len(buffer) and not array:
+                    return
+                message = f"{path}: breaks off after {n} whole records, at byte {place(at)}"
+                if strict:
+                    raise UserError(message)
+                return print(f"{message}; what follows is lost (--strict makes this an error)", file=sys.stderr)
+            at, n = end, n + 1
             yield record
+
+
+def corpus_records(path, strict=False):
+    """The records of a corpus file: csv with a header, plain text (.txt: a document a paragraph), else JSON."""
+    if not str(path).endswith((".csv", ".txt")):
+        yield from json_records(path, strict)
+        return
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="" if str(path).endswith(".csv") else None) as f:
+        try:
+            yield from csv.DictReader(f) if str(path).endswith(".csv") else ({"text": "".join(lines)} for full, lines in itertools.groupby(f, lambda line: bool(line.strip())) if full)
+        except csv.Error as e:
+            raise UserError(f"{path}: not csv ({e})")
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "assistant": "assistant", "system": "system"}
+PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))      # Discord bots' logs
 
 
-def read_sharegpt(path):
-    """ShareGPT: [{"id", "conversations": [{"from": "human"|"gpt", "value"}]}] or the same as JSON lines."""
-    for number, record in enumerate(json_records(path)):
-        turns = record.get("conversations", record.get("items")) if isinstance(record, dict) else None
+def dialogues_of(record):
+    """The dialogues of a record, told by its fields: [messages], several for HC3; None where it has none of these.
+
+    {"conversations" or "items": [{"from", "value"}]}    ShareGPT       {"messages": [{"role", "content"}]}      ours and the OpenAI tools'
+    {"question", "chatgpt_answers"}: the ChatGPT side alone (§3.1), every answer an example of its own           HC3
+    {"instruction", "input", "output"}                   Alpaca         {"post", "summary"}                      Reddit tl;dr
+    a pair of PAIR_FIELDS                                Discord        {"text"}, as one message of role "text"  pre-training, replay
+    In place of what is malformed stands None.
+    """
+    if not isinstance(record, dict):
+        return None
+    turns = next((record[field] for field in ("messages", "conversations", "items") if field in record), record)
+    if turns is not record:
         messages = []
-        for turn in turns if isinstance(turns, list) else ():
+        for turn in turns if isinstance(turns, list) else [None]:
             role = ROLES.get(str(turn.get("from", turn.get("role"))).lower()) if isinstance(turn, dict) else None
             text = turn.get("value", turn.get("content")) if role else None
             messages.append({"role": role, "content": text} if isinstance(text, str) else None)
-        key = record.get("id") if isinstance(record, dict) else None
-        yield f"{Path(path).stem}-{number}" if key is None else str(key), messages
-
-
-def read_hc3(path):
-    """HC3, the ChatGPT side (§3.1): every answer of every question an example of its own."""
-    for number, record in enumerate(read_jsonl(path, "question", "chatgpt_answers")):
-        question, answers = record["question"], record["chatgpt_answers"]
-        for k, answer in enumerate(answers if isinstance(answers, list) and answers else [None]):
-            whole = isinstance(question, str) and isinstance(answer, str)
-            yield f"hc3-{Path(path).stem}-{number}-{k}", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] if whole else None
-
-
-PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))
-
-
-def read_discord(path):
-    """Discord bots: input-output pairs, JSON lines or csv with a header."""
-    if str(path).endswith(".csv"):
-        csv.field_size_limit(1 << 30)
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-            records = list(csv.DictReader(f))
+        return [messages]
+    pair = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
+    if "chatgpt_answers" in record:
+        answers = record["chatgpt_answers"]
+        pairs = [(record.get("question"), answer) for answer in (answers if isinstance(answers, list) and answers else [None])]
+    elif "instruction" in record:
+        pairs = [("\n\n".join(t for t in (record["instruction"], record.get("input")) if isinstance(t, str) and t), record.get("output"))]
+    elif "post" in record and "summary" in record:
+        pairs = [(isinstance(record["post"], str) and f"{record['post']}\n\nTL;DR:", record["summary"])]           # not stated in the paper; GPT-2's words for it
+    elif pair:
+        pairs = [(record[pair[0]], record[pair[1]])]
     else:
-        records = read_jsonl(path)
-    for number, record in enumerate(records):
-        fields = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
-        if not fields:
-            raise UserError(f"{path}:{number + 1}: no pair of fields such as input and output; found {', '.join(record)}")
-        yield f"discord-{Path(path).stem}-{number}", [{"role": role, "content": record[field]} if isinstance(record[field], str) else None
-                                                      for role, field in zip(("user", "assistant"), fields)]
+        return [[{"role": "text", "content": record["text"]}]] if isinstance(record.get("text"), str) else None
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] if isinstance(q, str) and isinstance(a, str) else None for q, a in pairs]
 
 
-READERS = {"sharegpt": read_sharegpt, "hc3": read_hc3, "discord": read_discord}
+def read_corpus(path, source, strict=False):
+    """Yield (id, messages) of a corpus file in any of the formats of `dialogues_of`."""
+    for number, record in enumerate(corpus_records(path, strict)):
+        dialogues = dialogues_of(record)
+        if dialogues is None and number == 0:
+            raise UserError(f"{path}: no conversation in its first record; found {', '.join(map(repr, record)) if isinstance(record, dict) else type(record).__name__}, see python data.py mix --help")
+        key = record.get("id") if isinstance(record, dict) else None
+        key = f"{source}-{Path(path).stem}-{number}" if key is None else str(key)
+        for k, messages in enumerate(dialogues or [None]):
+            yield (f"{key}-{k}" if dialogues and len(dialogues) > 1 else key), messages
+
+
+SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations or items: [{from, value}]}", "hc3": "HC3: JSON lines of {question, chatgpt_answers}",
+           "discord": "Discord bots: pairs of input and output, JSON lines or csv with a header",
+           "other": "any other set, told by its fields: messages, instruction/input/output (Alpaca), post/summary (tl;dr), text; or plain text, .txt, a document a paragraph"}
 
 
 # --- mix: ShareGPT-Mix (§3.1, appendix A) ---------------------------------------------------------------------------------
 
 class _Markdown(html.parser.HTMLParser):
-    """The text of a ShareGPT page: line breaks, lists and code kept, every other tag dropped."""
+    """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
+    OPEN = {"br": "\n", "p": "\n\n", "pre": "\n```\n", "tr": "\n", "ul": "\n", "ol": "\n", "strong": "**", "td": " | ", "th": " | ", **{f"h{n}": "\n\n" + "#" * n + " " for n in range(1, 7)}}
+    CLOSE = {"pre": "\n```\n", "p": "\n\n", "strong": "**", **{f"h{n}": "\n\n" for n in range(1, 7)}}
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.out = []
+        self.out, self.lists, self.pre = [], [], False       # of each open list the items so far, None where it has no numbers
 
     def handle_starttag(self, tag, attrs):
-        self.out.append({"br": "\n", "p": "\n\n", "li": "\n- ", "pre": "\n```\n", "tr": "\n", "ul": "\n", "ol": "\n"}.get(tag, ""))
+        self.pre |= tag == "pre"
+        if tag in ("ul", "ol"):
+            self.lists.append(0 if tag == "ol" else None)
+        if tag == "li":
+            if self.lists and self.lists[-1] is not None:
+                self.lists[-1] += 1
+            self.out.append("\n" + "   " * (len(self.lists) - 1) + (f"{self.lists[-1]}. " if self.lists and self.lists[-1] else "- "))
+        self.out.append("`" if tag == "code" and not self.pre else self.OPEN.get(tag, ""))
 
     def handle_endtag(self, tag):
-        self.out.append({"pre": "\n```\n", "p": "\n\n"}.get(tag, ""))
+        self.pre &= tag != "pre"
+        if tag in ("ul", "ol") and self.lists:
+            self.lists.pop()
+        self.out.append("`" if tag == "code" and not self.pre else self.CLOSE.get(tag, ""))
 
     def handle_data(self, data):
         self.out.append(data)
 
 
+PAGE = re.compile(r'\s*<(p|pre|ul|ol|table|h[1-6]|blockquote)>|\s*<div class="[^"]*\b(markdown|prose)\b')     # code that someone pasted has no such start and end
+
+
 def clean(text):
-    """Text of a turn without the residue of the web page it was copied from: HTML, "Copy code" buttons, rating widgets."""
-    if re.search(r"</(p|div|pre|li|ul|ol|span|code)>|<br ?/?>", text) and re.match(r"\s*<(p|div|pre|ul|ol|span)\b", text):
+    """Text of a turn without the residue of the web page it was copied from: HTML, buttons ("Copy code", "Share Prompt"), pagers ("2 / 2").
+
+    Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+    """
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\r\n", "\n").strip()
+    if PAGE.match(text) and re.search(r"</\w+>\Z", text):
         parser = _Markdown()
         parser.feed(text)
         parser.close()
-        text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out))
-    text = re.sub(r"(?m)^(```)?[ \t]*([\w+#-]*)Copy code[ \t]*`?", lambda m: f"{m[1]}{m[2]}\n" if m[1] else "", text)
-    text = re.sub(r"(?m)^[ \t]*\d+ ?/ ?\d+[ \t]*$\n?", "", text) if "\n1 / 1" in text else text
-    return text.replace("\r\n", "\n").strip()
+        text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out)).strip()
+    text = re.sub(r"(?m)^(?:(```)\n?)?[ \t]*(?:([\w+#-]+)Copy code|Copy code(?![ \t]+\S))[ \t]*`?\n?", lambda m: f"{m[1]}{m[2] or ''}\n" if m[1] else "", text)
+    text = re.sub(r"\A\d+ / \d+\n|\n\d+ / \d+\Z", "", text.removesuffix("Share Prompt").strip())
+    return text.strip()
 
 
 def normalize_query(text):
@@ -741,16 +787,27 @@ def normalize_query(text):
 
 
 def join_pieces(dialogues):
-    """ShareGPT dumps cut long dialogues into pieces ID_0, ID_1, …; put each dialogue together again, in order."""
-    pieces = {}
+    """Yield (id, messages, number of pieces): ShareGPT dumps cut long dialogues into pieces ID_0, ID_1, …; they are put together again, in order.
+
+    A piece often begins with the answer that ended the one before: it is taken once. As any piece may be the last of its dialogue,
+    all wait, compressed, until the file is read.
+    """
+    waiting, counts = {}, collections.Counter()
     for key, messages in dialogues:
         match = re.fullmatch(r"(.+)_(\d+)", key)
         stem, number = (match[1], int(match[2])) if match else (key, 0)
-        while number in pieces.get(stem, ()):              # another dialogue of the same name stays one of its own
+        while messages and waiting.get(stem, {}).get(number):                  # another dialogue of the same name stays one of its own
             stem += "'"
-        pieces.setdefault(stem, {}).setdefault(number, messages)
-    for stem, parts in pieces.items():
-        yield stem, [m for number in sorted(parts) for m in parts[number]], len(parts)
+        counts[stem] += 1
+        parts = waiting.setdefault(stem, {})
+        parts[number] = zlib.compress(json.dumps(messages).encode(), 1) if messages or messages is None else parts.get(number, b"")
+    for stem, parts in waiting.items():
+        whole = []
+        for number in sorted(parts):
+            messages = json.loads(zlib.decompress(parts[number])) if parts[number] else []
+            messages = [None] if messages is None else messages
+            whole += messages[bool(whole and messages and messages[0] == whole[-1]):]
+        yield stem, whole, counts[stem]
 
 
 def language_filter(confidence):
@@ -767,52 +824,68 @@ def language_filter(confidence):
     return foreign
 
 
-def keep_or_reason(messages, seen, foreign):
-    """(cleaned messages, None) or (None, reason); `seen` gathers the first queries met so far, None to allow repeats."""
-    if not messages or any(m is None or m["role"] is None for m in messages):
+def keep_or_reason(messages, foreign=None, seen=None, dedup="first", mentions=None):
+    """(cleaned messages, None) or (None, reason). `seen` gathers the queries met so far: with dedup `first` a dialogue is dropped whose first
+    query was another's first, with `all` one whose every query has been met. `mentions` is a pattern that no turn may hold."""
+    if messages is None or any(m is None for m in messages):
         return None, "malformed"
     messages = [{**m, "content": clean(m["content"])} for m in messages]
     messages = [m for m in messages if m["content"]]                      # an empty turn says nothing and ends nothing
-    while messages and messages[-1]["role"] != "assistant":               # a query nobody answered teaches nothing
+    while messages and messages[-1]["role"] not in ("assistant", "text"):               # a query nobody answered teaches nothing
         messages.pop()
-    query = next((m["content"] for m in messages if m["role"] == "user"), None)
-    if not messages or query is None:
+    queries = [normalize_query(m["content"]) for m in messages if m["role"] in ("user", "text")]
+    if not queries:
         return None, "empty"
+    if mentions and any(mentions.search(m["content"]) for m in messages):
+        return None, "mention"
     if foreign and foreign("\n".join(m["content"] for m in messages)):
         return None, "not English"
     if seen is not None:
-        key = normalize_query(query)
-        if key in seen:
+        queries = queries[:1] if dedup == "first" else queries
+        if seen.issuperset(queries):
             return None, "duplicate query"
-        seen.add(key)
+        seen.update(queries)
     return messages, None
 
 
-def mix(sources, out, foreign):
-    """Write ShareGPT-Mix and `dropped.jsonl` beside it; return {source: {"in", "kept", reason: n, …, "turns"}}.
+def measure(tokenizer):
+    """(unit, messages -> length): tokens as `pack` makes them with the template `tokens`; words where no tokenizer folder is given."""
+    if tokenizer is None:
+        return "words", lambda messages: sum(len(m["content"].split()) for m in messages)
+    tokenizer = load_tokenizer(tokenizer).add(SPECIAL["tokens"])
+    return "tokens", lambda messages: len(tokenizer.encode(messages[0]["content"])) + 2 if messages[0]["role"] == "text" else len(render(messages, tokenizer, "tokens")[0])
 
-    `sources` is [(name, path)]. Deduplication is by the first query of a dialogue, within ShareGPT: HC3 has several answers
-    to one question on purpose.
+
+KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
+
+
+def mix(sources, out, foreign=None, dedup="first", mentions=None, tokenizer=None, strict=False):
+    """Write ShareGPT-Mix and `dropped.jsonl` beside it, streaming; return {source: {"in", "kept", "dropped": {reason: n}, "turns", …}}.
+
+    `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". Deduplication
+    is within ShareGPT: HC3 has several answers to one question on purpose.
     """
-    table, kept, dropped = {}, [], []
-    for name in dict.fromkeys(name for name, _ in sources):
-        row = table.setdefault(name, {"in": 0, "kept": 0, "turns": 0})
-        records = (record for other, path in sources if other == name for record in READERS[name](path))      # the files of a source are one
-        seen = set() if name == "sharegpt" else None
-        for key, messages, pieces in join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records):
-            row["in"] += pieces
-            if pieces > 1:
-                row["joined to another"] = row.get("joined to another", 0) + pieces - 1
-            messages, reason = keep_or_reason(messages, seen, foreign)
-            if reason:
-                row[reason] = row.get(reason, 0) + 1
-                dropped.append({"id": key, "source": name, "reason": reason})
-                continue
-            row["kept"] += 1
-            row["turns"] += len(messages)
-            kept.append({"id": key, "source": name, "messages": messages})
-    write_jsonl(out, kept)
-    write_jsonl(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl"), dropped)
+    from tqdm import tqdm
+    table, (unit, length) = {}, measure(tokenizer)
+    with atomic(out) as keep, atomic(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")) as drop:
+        for name in dict.fromkeys(name for name, _ in sources):
+            row = table[name] = {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0}
+            records = (record for other, path in sources if other == name for record in read_corpus(path, name, strict))      # the files of a source are one
+            seen = set() if name == "sharegpt" and dedup != "none" else None
+            for key, messages, pieces in tqdm(join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records), desc=f"mix {name}", unit=" dialogues", disable=None):
+                row["in"] += pieces
+                row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
+                messages, reason = keep_or_reason(messages, foreign, seen, dedup, mentions)
+                if reason:
+                    row["dropped"][reason] += 1
+                    drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                    continue
+                row["kept"] += 1
+                row[unit] += length(messages)
+                row["turns"] += sum(m["role"] != "text" for m in messages)
+                row["koala markers"] += sum(bool(KOALA_MARKERS.search(m["content"])) for m in messages if m["role"] == "user")
+                content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
+                keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
     return table
 
 
@@ -979,11 +1052,15 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("mix", help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
-    for name in READERS:
-        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=f"{name} file; may be given several times")
-    p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl is written beside it")
+    for name, text in SOURCES.items():
+        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=text + "; may be given several times")
+    p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl beside it says what was dropped and why")
+    p.add_argument("--strict", action="store_true", help="a file that breaks off is an error; without it, its whole records are used and the loss is said")
+    p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. The paper says query-level")
+    p.add_argument("--drop-mentions", metavar="WORDS", help="drop dialogues in which any of these, separated by commas, stands (openai,chatgpt); not stated in the paper, Koala did so")
     p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
     p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
+    p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
@@ -1000,13 +1077,18 @@ def main():
     args = parser.parse_args()
 
     if args.command == "mix":
-        sources = [(name, path) for name in READERS for path in getattr(args, name)]
+        sources = [(name, path) for name in SOURCES for path in getattr(args, name)]
         if not sources:
-            parser.error("mix needs at least one of --" + ", --".join(READERS))
-        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence))
-        reasons = sorted({k for row in table.values() for k in row} - {"in", "kept", "turns"})
-        columns = ["in", "kept", *reasons, "turns"]
-        print_table([["source", *columns]] + [[name, *(row.get(c, 0) for c in columns)] for name, row in table.items()])
+            parser.error("mix needs at least one of --" + ", --".join(SOURCES))
+        words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
+        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence), args.dedup,
+                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict)
+        if len(table) > 1:
+            rows = list(table.values())
+            table["all"] = {k: sum((row[k] for row in rows), collections.Counter() if k == "dropped" else 0) for k in rows[0]}
+        reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
+        columns = [c for c in next(iter(table.values())) if c != "dropped"]
+        print_table([["source", *columns[:2], *reasons, *columns[2:]]] + [[name, *(row[c] for c in columns[:2]), *(row["dropped"][r] for r in reasons), *(row[c] for c in columns[2:])] for name, row in table.items()])
     elif args.command == "pack":
         meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
         print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
