@@ -8,9 +8,11 @@ In this file, in the order in which text becomes training data:
     errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
     tokenizers                       text <-> ids; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
-    corpora                          ShareGPT, HC3, Discord, Alpaca, messages, plain text
+    corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
     pack                             one memory-mapped stream of tokens; blocks; inspect
+    stats                            lengths, and kinds of query
+    fetch                            public sets and base models
 """
 import argparse
 import collections
@@ -18,6 +20,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import html
 import html.parser
@@ -30,6 +33,8 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
+import time
 import traceback
 import unicodedata
 import zlib
@@ -735,31 +740,25 @@ SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations
 
 class _Markdown(html.parser.HTMLParser):
     """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
-    OPEN = {"br": "\n", "p": "\n\n", "pre": "\n```\n", "tr": "\n", "ul": "\n", "ol": "\n", "strong": "**", "td": " | ", "th": " | ", **{f"h{n}": "\n\n" + "#" * n + " " for n in range(1, 7)}}
-    CLOSE = {"pre": "\n```\n", "p": "\n\n", "strong": "**", **{f"h{n}": "\n\n" for n in range(1, 7)}}
+    MARKS = {"br": "\n", "p": "\n\n", "/p": "\n\n", "pre": "\n```\n", "/pre": "\n```\n", "code": "`", "/code": "`", "strong": "**", "/strong": "**", "tr": "\n", "td": " | ", "th": " | ",
+             "/ul": "\n", "/ol": "\n", **{f"h{n}": "\n\n" + "#" * n + " " for n in range(1, 7)}, **{f"/h{n}": "\n\n" for n in range(1, 7)}}
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.out, self.lists, self.pre = [], [], False       # of each open list the items so far, None where it has no numbers
+        self.out, self.lists, self.pre = [], [], False       # of each open list the number of its next item, "" where it has none
+        self.handle_data, self.handle_endtag = self.out.append, lambda tag: self.handle_starttag("/" + tag, ())
 
     def handle_starttag(self, tag, attrs):
-        self.pre |= tag == "pre"
+        self.pre = tag == "pre" or self.pre and tag != "/pre"
         if tag in ("ul", "ol"):
-            self.lists.append(0 if tag == "ol" else None)
-        if tag == "li":
-            if self.lists and self.lists[-1] is not None:
-                self.lists[-1] += 1
-            self.out.append("\n" + "   " * (len(self.lists) - 1) + (f"{self.lists[-1]}. " if self.lists and self.lists[-1] else "- "))
-        self.out.append("`" if tag == "code" and not self.pre else self.OPEN.get(tag, ""))
-
-    def handle_endtag(self, tag):
-        self.pre &= tag != "pre"
-        if tag in ("ul", "ol") and self.lists:
-            self.lists.pop()
-        self.out.append("`" if tag == "code" and not self.pre else self.CLOSE.get(tag, ""))
-
-    def handle_data(self, data):
-        self.out.append(data)
+            self.lists.append(int(tag == "ol"))
+        elif tag in ("/ul", "/ol"):
+            self.lists = self.lists[:-1]
+        elif tag == "li":
+            n = self.lists[-1] if self.lists else 0
+            self.out.append("\n" + "   " * (len(self.lists) - 1) + (f"{n}. " if n else "- "))
+            self.lists[-1:] = [n + bool(n)]
+        self.out.append("" if self.pre and tag.endswith("code") else self.MARKS.get(tag, ""))
 
 
 PAGE = re.compile(r'\s*<(p|pre|ul|ol|table|h[1-6]|blockquote)>|\s*<div class="[^"]*\b(markdown|prose)\b')     # code that someone pasted has no such start and end
@@ -820,32 +819,40 @@ def language_filter(confidence):
 
     def foreign(text):
         language, probability = identifier.classify(text[:5000])
-        return language != "en" and probability >= confidence
+        return language not in ("en", "zxx") and probability >= confidence            # zxx: no language, which is code or numbers
     return foreign
 
 
-def keep_or_reason(messages, foreign=None, seen=None, dedup="first", mentions=None):
-    """(cleaned messages, None) or (None, reason). `seen` gathers the queries met so far: with dedup `first` a dialogue is dropped whose first
-    query was another's first, with `all` one whose every query has been met. `mentions` is a pattern that no turn may hold."""
+def keep_or_reason(messages, foreign=None, mentions=None):
+    """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may hold."""
     if messages is None or any(m is None for m in messages):
         return None, "malformed"
     messages = [{**m, "content": clean(m["content"])} for m in messages]
     messages = [m for m in messages if m["content"]]                      # an empty turn says nothing and ends nothing
     while messages and messages[-1]["role"] not in ("assistant", "text"):               # a query nobody answered teaches nothing
         messages.pop()
-    queries = [normalize_query(m["content"]) for m in messages if m["role"] in ("user", "text")]
-    if not queries:
+    if not any(m["role"] in ("user", "text") for m in messages):
         return None, "empty"
     if mentions and any(mentions.search(m["content"]) for m in messages):
         return None, "mention"
     if foreign and foreign("\n".join(m["content"] for m in messages)):
         return None, "not English"
-    if seen is not None:
-        queries = queries[:1] if dedup == "first" else queries
-        if seen.issuperset(queries):
-            return None, "duplicate query"
-        seen.update(queries)
     return messages, None
+
+
+_mixer = ()                                                 # (language filter, mentions) of this process
+
+
+def _start_mixer(confidence, mentions, alone=True):
+    global _mixer
+    if not alone:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _mixer = confidence and language_filter(confidence), mentions
+
+
+def _mix_one(dialogue):
+    key, messages, pieces = dialogue
+    return key, pieces, *keep_or_reason(messages, *_mixer)
 
 
 def measure(tokenizer):
@@ -859,23 +866,33 @@ def measure(tokenizer):
 KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
 
 
-def mix(sources, out, foreign=None, dedup="first", mentions=None, tokenizer=None, strict=False):
+def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=None, strict=False, workers=None):
     """Write ShareGPT-Mix and `dropped.jsonl` beside it, streaming; return {source: {"in", "kept", "dropped": {reason: n}, "turns", …}}.
 
-    `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". Deduplication
-    is within ShareGPT: HC3 has several answers to one question on purpose.
+    `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". With dedup
+    `first` a dialogue is dropped whose first query began another, with `all` one whose every query has been met: whole dialogues, and
+    within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
     """
     from tqdm import tqdm
     table, (unit, length) = {}, measure(tokenizer)
-    with atomic(out) as keep, atomic(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")) as drop:
+    workers = workers or (os.cpu_count() if sum(os.stat(path).st_size for _, path in sources) > 20 << 20 else 1)      # the language filter is most of the work
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(atomic(out))
+        drop = stack.enter_context(atomic(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")))
+        _start_mixer(confidence, mentions)
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_mixer, (confidence, mentions, False))) if workers > 1 else None
         for name in dict.fromkeys(name for name, _ in sources):
             row = table[name] = {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0}
             records = (record for other, path in sources if other == name for record in read_corpus(path, name, strict))      # the files of a source are one
-            seen = set() if name == "sharegpt" and dedup != "none" else None
-            for key, messages, pieces in tqdm(join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records), desc=f"mix {name}", unit=" dialogues", disable=None):
+            dialogues = join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records)
+            seen = set()
+            for key, pieces, messages, reason in tqdm(pool.imap(_mix_one, dialogues, 32) if pool else map(_mix_one, dialogues), desc=f"mix {name}", unit=" dialogues", disable=None):
                 row["in"] += pieces
                 row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
-                messages, reason = keep_or_reason(messages, foreign, seen, dedup, mentions)
+                if not reason and name == "sharegpt" and dedup != "none":
+                    queries = {normalize_query(m["content"]) for m in itertools.islice((m for m in messages if m["role"] == "user"), 1 if dedup == "first" else None)}
+                    reason = "duplicate query" if queries <= seen else None
+                    seen |= queries if not reason else set()
                 if reason:
                     row["dropped"][reason] += 1
                     drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
@@ -1045,6 +1062,168 @@ def inspect(folder, n_blocks, length):
         print()
 
 
+# --- stats: what is in a set ----------------------------------------------------------------------------------------------------
+
+def stats(path, tokenizer=None, png=None):
+    """Print conversations, turns and lengths of a file of conversations or text, or of packed data; draw the lengths into `png`."""
+    if Path(path).is_dir():
+        packed = Packed(path)
+        unit, lengths, turns = "tokens", np.diff([*packed.starts, len(packed.tokens)]), {"loss tokens": packed.meta["loss_tokens"]}
+    else:
+        unit, length = measure(tokenizer)
+        lengths, turns = [], collections.Counter(user=0, assistant=0)
+        for number, record in numbered_jsonl(path):
+            messages = [{"role": "text", "content": record["text"]}] if isinstance(record.get("text"), str) else check_messages(record, f"{path}:{number}")
+            turns.update(m["role"] for m in messages)
+            lengths.append(length(messages))
+        turns = {f"{role} turns" if role != "text" else "plain texts": n for role, n in turns.items()}
+    if not len(lengths):
+        raise UserError(f"{path}: nothing in it")
+    quantiles = {f"{unit}, {name}": int(np.quantile(lengths, q)) for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))}
+    print_table([[path, ""], ["conversations", len(lengths)], *turns.items(), [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles.items()])
+    if png:
+        try:
+            import matplotlib
+        except ImportError:
+            raise UserError("--png needs matplotlib: pip install matplotlib")
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, ax = plt.subplots(figsize=(6, 3.5))
+        ax.hist(np.maximum(lengths, 1), bins=np.geomspace(1, max(max(lengths), 2), 50), color="#4477aa")
+        ax.set(xscale="log", xlabel=f"{unit} a conversation", ylabel="conversations", title=visible(Path(path).name))
+        ax.axvline(2048, color="black", linewidth=1, linestyle=":")        # the paper's block
+        fig.tight_layout()
+        with atomic(png, "wb") as f:
+            fig.savefig(f, dpi=150, format="png")
+        plt.close(fig)
+
+
+CATEGORIES = {"generation": 31, "general QA": 16, "coding": 16, "brainstorming": 8, "chat": 6, "summarization": 4, "rewriting": 2, "non-English": 14, "invalid": 2}      # Table 5: % of 50 queries, by hand
+
+# The paper names the kinds and labelled them by hand; the words of the request are ours.
+CATEGORY_REQUEST = """Which kind of query to a chat assistant is the text between the lines? Answer with one of these kinds and nothing else: {kinds}. Text in another language than English is non-English; text that asks for nothing intelligible is invalid.
+----------
+{query}
+----------
+Do not answer the query. Kind:"""
+
+
+def category_prompts(path, n, out, seed=0):
+    """Write prompts that have a teacher label the first queries of `n` conversations, drawn at random (§3.1, Table 5)."""
+    queries = [(record.get("id", number), next((m["content"] for m in check_messages(record, f"{path}:{number}") if m["role"] == "user"), None)) for number, record in numbered_jsonl(path)]
+    queries = [(key, q) for key, q in queries if q]
+    if len(queries) < n:
+        raise UserError(f"{path}: {len(queries)} conversations with a query, --categories asks for {n}")
+    chosen = sorted(np.random.default_rng(seed).choice(len(queries), n, replace=False))
+    write_jsonl(out, ({"id": f"{i}-{queries[i][0]}", "prompt": CATEGORY_REQUEST.format(kinds=", ".join(CATEGORIES), query=queries[i][1][:2000])} for i in chosen))
+
+
+def category_table(path):
+    """Rows of kind, number, share and its standard error, the paper's share; from a teacher's replies to `category_prompts`."""
+    counts = collections.Counter()
+    for _, answer, _ in read_replies(path).values():
+        found = [(at, kind) for kind in CATEGORIES if (at := answer.lower().find(kind.lower())) >= 0]
+        counts[min(found)[1] if found else "no kind in the reply"] += 1
+    n = counts.total()
+    if not n:
+        raise UserError(f"{path}: no replies in it")
+    share = lambda k: counts[k] / n
+    return [["kind", "n", "%", "±", "paper %"], *([k, counts[k], f"{100 * share(k):.1f}", f"{100 * (share(k) * (1 - share(k)) / n) ** 0.5:.1f}", CATEGORIES.get(k, "")]
+                                                  for k in {**CATEGORIES, **counts})]
+
+
+# --- fetch: public sets and base models -----------------------------------------------------------------------------------------
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")          # the hub's own variable for mirrors
+GITHUB = "https://raw.githubusercontent.com"
+FETCH = {                                                   # name: (folder, address, {file: SHA-256 where known}, whose and under what licence)
+    "sharegpt": ("data/sharegpt", f"{HUB}/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main", {"ShareGPT_V3_unfiltered_cleaned_split.json": None}, "users' own dialogues with ChatGPT, a community's dump; OpenAI's terms"),
+    "hc3": ("data/hc3", f"{HUB}/datasets/Hello-SimpleAI/HC3/resolve/main", {"all.jsonl": None}, "Hello-SimpleAI, CC BY-SA 4.0"),
+    "nq": ("data/nq", f"{GITHUB}/google-research-datasets/natural-questions/master/nq_open", {"NQ-open.dev.jsonl": "f15567f38099f3615f5b8a685c0aef449c11ad90d3da3735e8d1b98115b40616", "NQ-open.train.jsonl": None}, "Google, CC BY-SA 3.0"),
+    "mmlu": ("data/mmlu", "https://people.eecs.berkeley.edu/~hendrycks", {"data.tar": "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b"}, "Hendrycks et al., MIT"),
+    "humaneval": ("data/humaneval", f"{GITHUB}/openai/human-eval/master/data", {"HumanEval.jsonl.gz": "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"}, "OpenAI, MIT"),
+    "realtoxicityprompts": ("data/realtoxicityprompts", f"{HUB}/datasets/allenai/real-toxicity-prompts/resolve/main", {"prompts.jsonl": None}, "Allen Institute for AI, Apache-2.0"),
+    "koala": ("data/koala", f"{GITHUB}/arnav-gudibande/koala-test-set/main", {"koala_test_set.jsonl": "c8cda5c53810dc30aad34fabbb828fe3eba0957119e00916650c971905d19886"}, "evaluation prompts of the authors, Apache-2.0"),
+    "tldr": ("data/tldr", "https://openaipublic.blob.core.windows.net/summarize-from-feedback/datasets/tldr_3_filtered", {"train.jsonl": None}, "Reddit posts, filtered by OpenAI"),
+    **{name: (f"weights/{name}", f"{HUB}/openai-community/{name}/resolve/main", dict.fromkeys(["config.json", "vocab.json", "merges.txt", "model.safetensors"]), "OpenAI, MIT") for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    **{f"llama{size}": (f"weights/llama{size}", f"{HUB}/huggyllama/llama-{size}/resolve/main", {"config.json": None, "tokenizer.model": "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347", "model.safetensors.index.json": None},
+                        "a community's conversion of Meta's LLaMA, whose licence (research, not commercial) binds you") for size in ("7b", "13b", "30b", "65b")},
+}
+
+
+def download(session, url, path, sha256=None):
+    """Download `url` to `path`: continues where an earlier try broke off, and renames only what is whole and has the right checksum.
+
+    UserError where the server has no such file or wants a permission, Failure where it does not answer after several tries, or sends
+    something else than `sha256` (or the hub's own header) says. A part's name tells the version, so that two are never mixed.
+    """
+    import requests
+    import urllib3
+    from tqdm import tqdm
+    tries = 0
+    while True:
+        old = next(path.parent.glob(f"{glob.escape(path.name)}.????????.part"), None)
+        at = begin = old.stat().st_size if old else 0
+        try:
+            with session.get(url, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={at}-"} if at else {})}, stream=True, timeout=60) as answer:
+                status, head = answer.status_code, answer.headers
+                if status in (401, 403, 404, 410):
+                    raise UserError(f"{url} answered {status}: {'its owner wants a permission' if status < 404 else 'it is not there any more'}")
+                if status not in (200, 206, 416):
+                    raise requests.RequestException(f"answered {status}")
+                at = begin = at if status == 206 else 0     # 200: the whole, whatever was asked for
+                linked = next((r.headers["X-Linked-Etag"].strip('"') for r in (*answer.history, answer) if "X-Linked-Etag" in r.headers), "")
+                sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
+                total = at + int(head["Content-Length"]) if "Content-Length" in head else None
+                part = path.with_name(f"{path.name}.{digest(linked or head.get('ETag', '').removeprefix('W/'), total)[:8]}.part")
+                if old and (part != old or status == 416):
+                    old.unlink()
+                if at and part != old or status == 416:     # changed there since, or not the bytes asked for
+                    raise requests.RequestException("sent another part than was asked for")
+                with open(part, "ab" if at else "wb") as f, tqdm(total=total, initial=at, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                    while piece := answer.raw.read1(1 << 20):
+                        at += f.write(piece)
+                        bar.update(len(piece))
+                    f.flush()
+                    os.fsync(f.fileno())
+            if total is not None and at != total:
+                raise requests.RequestException(f"sent {at} of {total} bytes")
+            break
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
+            tries = 1 if at > begin else tries + 1
+            if tries > 5:
+                raise Failure(f"{url}: {e if type(e) is requests.RequestException else type(e).__name__} (5 tries); the same command continues")
+            time.sleep(2.0 ** tries / 4)
+    if sha256 and file_hash(part) != sha256:
+        part.unlink()
+        raise Failure(f"{url}: what came does not have the SHA-256 {sha256}; it was deleted, the same command tries again")
+    os.replace(part, path)
+
+
+def fetch(name):
+    """Download the files of FETCH[name] that are not there yet into its folder, with the shards that an index names; returns the folder."""
+    import requests
+    folder, address, files, licence = FETCH[name]
+    print(f"{name}: {licence}; to {folder}/", file=sys.stderr)
+    folder, waiting = Path(folder), dict(files)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, folder), requests.Session() as session:
+        session.auth = lambda request: request              # nothing out of a netrc
+        while waiting:
+            file = next(iter(waiting))
+            path, sha256 = folder / file, waiting.pop(file)
+            if not path.exists() and not (file == "data.tar" and (folder / "test").exists()):
+                download(session, f"{address}/{file}", path, sha256)
+            if file.endswith(".index.json"):
+                waiting |= dict.fromkeys(s for s in sorted(set(read_json(path)["weight_map"].values())) if re.fullmatch(r"[\w.-]+\.safetensors", s))
+            elif file == "data.tar" and path.exists():      # MMLU: its data/dev becomes FOLDER/dev
+                with tarfile.open(path) as tar:
+                    wanted = [m.replace(name=m.name.removeprefix("data/")) for m in tar if re.match("data/(dev|test|val)/", m.name)]
+                    tar.extractall(folder, wanted, filter="data")
+                path.unlink()
+    return folder
+
+
 # --- the program -------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -1074,6 +1253,18 @@ def main():
     p.add_argument("dir")
     p.add_argument("--blocks", type=positive, default=2)
     p.add_argument("--block", type=positive, default=512, help="tokens a block")
+
+    p = commands.add_parser("stats", help="conversations, turns, lengths; kinds of query", example="python data.py stats mix.jsonl --tokenizer weights/llama7b --png lengths.png")
+    p.add_argument("path", nargs="?", help="conversations, JSON lines, or a folder of packed data")
+    p.add_argument("--tokenizer", metavar="DIR", help="count tokens; without it, words")
+    p.add_argument("--png", metavar="FILE", help="histogram of the lengths")
+    p.add_argument("--categories", type=positive, metavar="N", help="write to --out the prompts that have a teacher label N queries with the kinds of Table 5; `imitation.py collect` asks it")
+    p.add_argument("--out", metavar="FILE", help="of --categories")
+    p.add_argument("--labels", metavar="REPLIES", help="tally what it replied, beside the paper's figures")
+    p.add_argument("--seed", type=natural, default=0, help="of the choice of queries")
+
+    p = commands.add_parser("fetch", help="download a public set into data/ or a base model into weights/; their owners' licences apply", example="python data.py fetch hc3 llama7b")
+    p.add_argument("names", nargs="+", choices=list(FETCH), metavar="NAME", help=", ".join(FETCH))
     args = parser.parse_args()
 
     if args.command == "mix":
@@ -1081,7 +1272,7 @@ def main():
         if not sources:
             parser.error("mix needs at least one of --" + ", --".join(SOURCES))
         words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
-        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence), args.dedup,
+        table = mix(sources, args.out, None if args.any_language else args.language_confidence, args.dedup,
                     re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict)
         if len(table) > 1:
             rows = list(table.values())
@@ -1093,8 +1284,20 @@ def main():
         meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
         print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
               f"{sum(meta['dropped'].values())} dropped")
-    else:
+    elif args.command == "inspect":
         inspect(args.dir, args.blocks, args.block)
+    elif args.command == "fetch":
+        for name in args.names:
+            print(fetch(name))
+    elif args.labels:
+        print_table(category_table(args.labels))
+    elif not args.path or bool(args.categories) != bool(args.out):
+        parser.error("stats needs a file, --categories an --out")
+    elif args.categories:
+        category_prompts(args.path, args.categories, args.out, args.seed)
+        print(f"{args.out}: now python imitation.py collect --prompts {args.out} --temperature 0 --endpoint URL --endpoint-model NAME --out labels.jsonl; then python data.py stats --labels labels.jsonl")
+    else:
+        stats(args.path, args.tokenizer, args.png)
 
 
 if __name__ == "__main__":
