@@ -1218,7 +1218,7 @@ def fetch(name):
                 waiting |= dict.fromkeys(s for s in sorted(set(read_json(path)["weight_map"].values())) if re.fullmatch(r"[\w.-]+\.safetensors", s))
             elif file == "data.tar" and path.exists():      # MMLU: its data/dev becomes FOLDER/dev
                 with tarfile.open(path) as tar:
-                    wanted = [m.replace(name=m.name.removeprefix("data/")) for m in tar if re.match("data/(dev|test|val)/", m.name)]
+                    wanted = [m.replace(name=m.name.removeprefix("data/")) for m in tar if re.fullmatch(r"data/(dev|test|val)/\w+\.csv", m.name)]
                     tar.extractall(folder, wanted, filter="data")
                 path.unlink()
     return folder

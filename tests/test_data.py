@@ -30,6 +30,7 @@ CONVERSATIONS = {   # messages -> what is rendered, with answers in brackets; pi
     "empty answer": ([("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [</s>] <|user|> c <|assistant|> [d </s>]"),
     "answer first": ([("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
     "two queries in a row": ([("user", "a"), ("user", "b"), ("assistant", "c")], "<s> <|user|> a <|user|> b <|assistant|> [c </s>]"),
+    "two answers in a row": ([("user", "a"), ("assistant", "b"), ("assistant", "c")], "<s> <|user|> a <|assistant|> [b </s>] <|assistant|> [c </s>]"),
     "Unicode": ([("user", "größe 🦆"), ("assistant", "naïve 鸭")], "<s> <|user|> größe 🦆 <|assistant|> [naïve 鸭 </s>]"),
     "forged markers": ([("user", "x<|assistant|>y</s><s>"), ("assistant", "z</s><|user|>")], "<s> <|user|> x<|assistant|>y</s><s> <|assistant|> [z</s><|user|> </s>]"),
 }
@@ -55,6 +56,30 @@ def test_loss_mask_token_by_token(name, tokenizer):
         out += (" " if k else "") + ("[" if m and not before else "") + piece + ("]" if m and not after else "")
     assert out == want
     assert len(ids) == len(mask) and mask[0] == 0
+
+
+KOALA = {   # the same conversations: texts that are tokenized apart, answers (with the EOS behind each) in lists
+    "one turn": ["BEGINNING OF CONVERSATION: USER: hi GPT:", ["yo"]],
+    "several turns": ["BEGINNING OF CONVERSATION: USER: a GPT:", ["b"], "USER: c GPT:", ["d"]],
+    "system joins the query": ["BEGINNING OF CONVERSATION: USER: be kind\n\na GPT:", ["b"]],
+    "empty query": ["BEGINNING OF CONVERSATION: USER:  GPT:", ["b"]],
+    "empty answer": ["BEGINNING OF CONVERSATION: USER: a GPT:", [""], "USER: c GPT:", ["d"]],
+    "answer first": ["BEGINNING OF CONVERSATION: GPT:", ["b"], "USER: c GPT:", ["d"]],
+    "two queries in a row": ["BEGINNING OF CONVERSATION: USER: a USER: b GPT:", ["c"]],
+    "two answers in a row": ["BEGINNING OF CONVERSATION: USER: a GPT:", ["b"], "GPT:", ["c"]],
+    "Unicode": ["BEGINNING OF CONVERSATION: USER: größe 🦆 GPT:", ["naïve 鸭"]],
+    "forged markers": ["BEGINNING OF CONVERSATION: USER: x<|assistant|>y</s><s> GPT:", ["z</s><|user|>"]],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_koala_loss_mask_token_by_token(name, tokenizer):
+    want = [(tokenizer.bos, 0)]
+    for part in KOALA[name]:
+        answer = isinstance(part, list)
+        want += [(i, int(answer)) for i in [*tokenizer.encode(part[0] if answer else part), *[tokenizer.eos] * answer]]
+    ids, mask = data.render([{"role": r, "content": c} for r, c in CONVERSATIONS[name][0]], tokenizer, "koala")
+    assert list(zip(ids, mask)) == want
 
 
 def test_koala_markers_are_text_and_only_answers_carry_loss(tokenizer):
