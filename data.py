@@ -692,7 +692,7 @@ def dialogues_of(record):
     {"question", "chatgpt_answers"}: the ChatGPT side alone (§3.1), every answer an example of its own           HC3
     {"instruction", "input", "output"}                   Alpaca         {"post", "summary"}                      Reddit tl;dr
     a pair of PAIR_FIELDS                                Discord        {"text"}, as one message of role "text"  pre-training, replay
-    In place of what is malformed stands None.
+    In place of a malformed message stands None.
     """
     if not isinstance(record, dict):
         return None
@@ -716,7 +716,7 @@ def dialogues_of(record):
         pairs = [(record[pair[0]], record[pair[1]])]
     else:
         return [[{"role": "text", "content": record["text"]}]] if isinstance(record.get("text"), str) else None
-    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] if isinstance(q, str) and isinstance(a, str) else None for q, a in pairs]
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] if isinstance(q, str) and isinstance(a, str) else [None] for q, a in pairs]
 
 
 def read_corpus(path, source, strict=False):
@@ -727,7 +727,7 @@ def read_corpus(path, source, strict=False):
             raise UserError(f"{path}: no conversation in its first record; found {', '.join(map(repr, record)) if isinstance(record, dict) else type(record).__name__}, see python data.py mix --help")
         key = record.get("id") if isinstance(record, dict) else None
         key = f"{source}-{Path(path).stem}-{number}" if key is None else str(key)
-        for k, messages in enumerate(dialogues or [None]):
+        for k, messages in enumerate(dialogues or [[None]]):
             yield (f"{key}-{k}" if dialogues and len(dialogues) > 1 else key), messages
 
 
@@ -745,7 +745,7 @@ class _Markdown(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.out, self.lists, self.pre = [], [], False       # of each open list the number of its next item, "" where it has none
+        self.out, self.lists, self.pre = [], [], False       # of each open list the number of its next item, 0 where it has none
         self.handle_data, self.handle_endtag = self.out.append, lambda tag: self.handle_starttag("/" + tag, ())
 
     def handle_starttag(self, tag, attrs):
@@ -799,12 +799,11 @@ def join_pieces(dialogues):
             stem += "'"
         counts[stem] += 1
         parts = waiting.setdefault(stem, {})
-        parts[number] = zlib.compress(json.dumps(messages).encode(), 1) if messages or messages is None else parts.get(number, b"")
+        parts[number] = zlib.compress(json.dumps(messages).encode(), 1) if messages else parts.get(number)
     for stem, parts in waiting.items():
         whole = []
         for number in sorted(parts):
             messages = json.loads(zlib.decompress(parts[number])) if parts[number] else []
-            messages = [None] if messages is None else messages
             whole += messages[bool(whole and messages and messages[0] == whole[-1]):]
         yield stem, whole, counts[stem]
 
@@ -824,8 +823,8 @@ def language_filter(confidence):
 
 
 def keep_or_reason(messages, foreign=None, mentions=None):
-    """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may hold."""
-    if messages is None or any(m is None for m in messages):
+    """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may match."""
+    if None in messages:
         return None, "malformed"
     messages = [{**m, "content": clean(m["content"])} for m in messages]
     messages = [m for m in messages if m["content"]]                      # an empty turn says nothing and ends nothing
@@ -847,7 +846,7 @@ def _start_mixer(confidence, mentions, alone=True):
     global _mixer
     if not alone:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _mixer = confidence and language_filter(confidence), mentions
+    _mixer = None if confidence is None else language_filter(confidence), mentions
 
 
 def _mix_one(dialogue):
@@ -1091,7 +1090,8 @@ def stats(path, tokenizer=None, png=None):
         fig, ax = plt.subplots(figsize=(6, 3.5))
         ax.hist(np.maximum(lengths, 1), bins=np.geomspace(1, max(max(lengths), 2), 50), color="#4477aa")
         ax.set(xscale="log", xlabel=f"{unit} a conversation", ylabel="conversations", title=visible(Path(path).name))
-        ax.axvline(2048, color="black", linewidth=1, linestyle=":")        # the paper's block
+        if unit == "tokens":
+            ax.axvline(2048, color="black", linewidth=1, linestyle=":")    # the paper's block
         fig.tight_layout()
         with atomic(png, "wb") as f:
             fig.savefig(f, dpi=150, format="png")

@@ -3,11 +3,14 @@
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
+    python tests/bench.py mix --sharegpt F      seconds and peak memory of ShareGPT-Mix out of real files
 """
 import json
 import multiprocessing
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -198,14 +201,28 @@ def loading(args):
         print(f"{seconds:.1f} s")
 
 
+def mix(args):
+    """The command as a user runs it; the peak is that of its largest process."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(__file__).resolve().parent.parent / "data.py"
+        started = time.perf_counter()
+        subprocess.run([sys.executable, program, "mix", *(x for name in ("sharegpt", "hc3", "discord", "other") for file in getattr(args, name) for x in (f"--{name}", file)), "--out", f"{folder}/mix.jsonl"], check=True)
+        seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        size = sum(Path(file).stat().st_size for name in ("sharegpt", "hc3", "discord", "other") for file in getattr(args, name)) / 1e6
+        print(f"{size:.0f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s, peak of a process {peak:.0f} MiB")
+
+
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8")):
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
+    p = commands.add_parser("mix", help="ShareGPT-Mix out of real files")
+    for name in ("sharegpt", "hc3", "discord", "other"):
+        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[])
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading}[args.command](args)
+    {"generation": generation, "attention": attention, "loading": loading, "mix": mix}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -148,10 +148,15 @@ def test_mix_counts_every_example(world):
     assert {d["reason"] for d in dropped} == {"not English", "duplicate query", "empty"}
     counted = [(d["source"], d["reason"]) for d in dropped]
     assert all(counted.count((name, reason)) == n for name, row in table.items() for reason, n in row["dropped"].items() if reason != "joined")
-    assert data.mix(sources, world / "parallel.jsonl", 0.8, workers=2) == table
-    assert all((world / f"again{end}").read_bytes() == (world / f"parallel{end}").read_bytes() for end in (".jsonl", ".dropped.jsonl"))
     assert len({data.normalize_query(r["messages"][0]["content"]) for r in kept if r["source"] == "sharegpt"}) == table["sharegpt"]["kept"]
     assert not any("Copy code" in m["content"] or "<p>" in m["content"] for r in kept for m in r["messages"])
+
+
+def test_mix_does_not_depend_on_the_number_of_processes(world, tmp_path):
+    data.write_json(tmp_path / "s.json", data.read_json(world / "world/sharegpt.json")[:300])
+    tables = [data.mix([("sharegpt", tmp_path / "s.json")], tmp_path / f"{n}.jsonl", 0.8, workers=n) for n in (1, 2)]
+    assert tables[0] == tables[1] and tables[0]["sharegpt"]["dropped"]["not English"]
+    assert all((tmp_path / f"1{end}").read_bytes() == (tmp_path / f"2{end}").read_bytes() for end in (".jsonl", ".dropped.jsonl"))
 
 
 def test_pieces_of_a_dialogue_are_joined_in_order():
@@ -245,14 +250,14 @@ FORMATS = {   # file name, what it holds -> the dialogues in it; None for a malf
     "messages": ("a.jsonl", [{"messages": [U("q"), A("a")]}], [[U("q"), A("a")]]),
     "conversations in messages' words": ("a.json", [{"conversations": [U("q"), A("a")]}], [[U("q"), A("a")]]),
     "an unknown role, no text": ("a.json", [{"conversations": [{"from": "alien", "value": "q"}, {"from": "gpt", "value": 3}, 7]}, {"conversations": "x"}, {"conversations": []}], [[None, None, None], [None], []]),
-    "HC3": ("a.jsonl", [{"question": "q", "human_answers": ["h"], "chatgpt_answers": ["a", "b"]}, {"question": "q", "chatgpt_answers": []}], [[U("q"), A("a")], [U("q"), A("b")], None]),
-    "Discord, lines": ("a.jsonl", [{"input": "q", "output": "a"}, {"prompt": "q", "response": None}], [[U("q"), A("a")], None]),
+    "HC3": ("a.jsonl", [{"question": "q", "human_answers": ["h"], "chatgpt_answers": ["a", "b"]}, {"question": "q", "chatgpt_answers": []}], [[U("q"), A("a")], [U("q"), A("b")], [None]]),
+    "Discord, lines": ("a.jsonl", [{"input": "q", "output": "a"}, {"prompt": "q", "response": None}], [[U("q"), A("a")], [None]]),
     "Discord, csv": ("a.csv", "input,output\nq,\"a\nb\"\n", [[U("q"), A("a\nb")]]),
     "Alpaca": ("a.json", [{"instruction": "do", "input": "", "output": "a"}, {"instruction": "do", "input": "this", "output": "b"}], [[U("do"), A("a")], [U("do\n\nthis"), A("b")]]),
-    "tl;dr": ("a.jsonl", [{"id": "t", "post": "p", "summary": "s"}, {"post": None, "summary": "s"}], [[U("p\n\nTL;DR:"), A("s")], None]),
+    "tl;dr": ("a.jsonl", [{"id": "t", "post": "p", "summary": "s"}, {"post": None, "summary": "s"}], [[U("p\n\nTL;DR:"), A("s")], [None]]),
     "text lines": ("a.jsonl", [{"text": "t"}], [[{"role": "text", "content": "t"}]]),
     "plain text": ("a.txt", "one\ntwo\n\n \nthree\n", [[{"role": "text", "content": t}] for t in ("one\ntwo\n", "three\n")]),
-    "strangers in between": ("a.jsonl", [{"text": "t"}, {"what": 1}, [1]], [[{"role": "text", "content": "t"}], None, None]),
+    "strangers in between": ("a.jsonl", [{"text": "t"}, {"what": 1}, [1]], [[{"role": "text", "content": "t"}], [None], [None]]),
 }
 
 
@@ -272,7 +277,7 @@ def test_a_file_of_another_kind_is_one_line(tmp_path):
 
 def test_every_real_answer_and_post_is_read(real):
     hc3 = [m for f in sorted((real / "hc3").iterdir()) for _, m in data.read_corpus(f, "hc3")]
-    assert sum(m is not None for m in hc3) == 5740 and all(m[0]["content"] for m in hc3 if m)
+    assert sum(m != [None] for m in hc3) == 5740 and all(m[0]["content"] for m in hc3 if m != [None])
     assert sum(1 for _ in data.read_corpus(real / "tldr/posts.jsonl", "other")) == 1200
 
 
@@ -320,6 +325,7 @@ def test_mix_drops_mentions_and_counts_imitated_markers(tmp_path):
 def test_code_is_not_another_language():
     foreign = data.language_filter(0.8)
     assert foreign("wie kann ich code in dieses feld einfügen? Um Code in dieses Feld einzufügen, können Sie ihn einfach kopieren.")
+    assert data.language_filter(0)("wie kann ich code in dieses feld einfügen?")
     assert not foreign("```\n" + "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD/2wCEAAoHCBUVFRgVFRYZGRgYGBkcGhoYGhgYGhoYGhwZHBg\n" * 5 + "```") and not foreign("how do I sort a list in place?")
 
 
@@ -331,13 +337,14 @@ def test_tokens_of_the_table_are_those_of_pack(world, tmp_path):
 
 
 def test_every_tokenizer_sees_the_same_order_of_conversations(world, real, tmp_path):
-    orders = []
+    orders, some = [], lines_of(world / "mix.jsonl")[:200]
+    data.write_jsonl(tmp_path / "some.jsonl", some)
     for tokenizer in (world / "world/tokenizer", real / "llama"):
-        data.pack(world / "mix.jsonl", tokenizer, "tokens", tmp_path / tokenizer.name, seed=3)
+        data.pack(tmp_path / "some.jsonl", tokenizer, "tokens", tmp_path / tokenizer.name, seed=3)
         packed = data.Packed(tmp_path / tokenizer.name)
         orders.append([packed.tokenizer().decode(packed.tokens[a:b].tolist()).split() for a, b in zip(packed.starts, packed.starts[1:])])
-    assert len(orders[0]) > 500 and orders[0] == orders[1]
-    assert orders[0] != [" ".join(m["content"] for m in r["messages"]).split() for r in lines_of(world / "mix.jsonl")][:-1]
+    assert len(orders[0]) == 199 and orders[0] == orders[1]
+    assert orders[0] != ["".join(m["content"] for m in r["messages"]).split() for r in some[:199]]
 
 
 def test_inspect_colours_answers_and_obeys_no_escape(world, tmp_path):
