@@ -1181,13 +1181,11 @@ def download(session, url, path, sha256=None):
                 if at and part != old or status == 416:     # changed there since, or not the bytes asked for
                     raise requests.RequestException("sent another part than was asked for")
                 with open(part, "ab" if at else "wb") as f, tqdm(total=total, initial=at, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                    while piece := answer.raw.read1(1 << 20):
+                    while piece := answer.raw.read1(1 << 20):           # raises where the connection ends before Content-Length
                         at += f.write(piece)
                         bar.update(len(piece))
                     f.flush()
                     os.fsync(f.fileno())
-            if total is not None and at != total:
-                raise requests.RequestException(f"sent {at} of {total} bytes")
             break
         except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
             tries = 1 if at > begin else tries + 1

@@ -168,6 +168,7 @@ def test_an_answer_on_which_two_pieces_overlap_is_taken_once():
     """As in the public dump, where a piece begins with the answer that ended the one before, and some have an empty twin."""
     pieces = [("x_0", []), ("x_0", ["q", "a"]), ("x_1", ["a", "q2", "a2"]), ("x_3", ["a2"]), ("x_4", ["q3", "a3"])]
     assert list(data.join_pieces(pieces)) == [("x", ["q", "a", "q2", "a2", "q3", "a3"], 5)]
+    assert list(data.join_pieces([("y_0", ["q", "a"]), ("y_0", [])])) == [("y", ["q", "a"], 2)]
 
 
 def test_dialogues_of_one_name_or_none_are_all_kept(tmp_path):
@@ -322,11 +323,14 @@ def test_mix_drops_mentions_and_counts_imitated_markers(tmp_path):
     assert table()["kept"] == "4"
 
 
-def test_code_is_not_another_language():
-    foreign = data.language_filter(0.8)
-    assert foreign("wie kann ich code in dieses feld einfügen? Um Code in dieses Feld einzufügen, können Sie ihn einfach kopieren.")
-    assert data.language_filter(0)("wie kann ich code in dieses feld einfügen?")
-    assert not foreign("```\n" + "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD/2wCEAAoHCBUVFRgVFRYZGRgYGBkcGhoYGhgYGhoYGhwZHBg\n" * 5 + "```") and not foreign("how do I sort a list in place?")
+GERMAN = "wie kann ich code in dieses feld einfügen? Um Code in dieses Feld einzufügen, können Sie ihn einfach kopieren."
+
+
+def test_other_languages_are_dropped_and_code_is_none(tmp_path):
+    code = "SGVyZSBpbiB0aGUgZnV0dXJlIHNvIGdyYW5kLApUZWNobm9sb2d5IHdpbGwgbGVhZCB0aGUgd2F5LApBSSB3aWxsIGJlIG91ciBndWlkZS4=" * 5
+    data.write_jsonl(tmp_path / "t.jsonl", [{"text": t} for t in (GERMAN, code, "how do I sort a list in place?")])
+    for confidence, kept in ((0.8, 2), (0, 2), (None, 3)):
+        assert data.mix([("other", tmp_path / "t.jsonl")], tmp_path / "m.jsonl", confidence)["other"]["kept"] == kept
 
 
 def test_tokens_of_the_table_are_those_of_pack(world, tmp_path):

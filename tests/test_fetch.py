@@ -86,6 +86,7 @@ def test_a_server_that_does_not_send_the_part_asked_for(server, download, tmp_pa
     server.faults = ["drop", fault]
     download()
     assert (tmp_path / "f.bin").read_bytes() == BODY and names(tmp_path) == ["f.bin"]
+    assert len(server.log) == (2 if fault == "ignore the range" else 3)
 
 
 def test_two_versions_of_a_file_are_never_mixed(server, download, tmp_path):
