@@ -1242,7 +1242,7 @@ def main():
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
-    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate")
+    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate (mix counts those)")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")
     p.add_argument("--workers", type=positive, help="tokenizing processes; None is one per core")
