@@ -8,15 +8,19 @@ In this file, in the order in which text becomes training data:
     errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
     tokenizers                       text <-> ids; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
-    corpora                          ShareGPT, HC3, Discord, Alpaca, messages, plain text
+    corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
     pack                             one memory-mapped stream of tokens; blocks; inspect
+    stats                            lengths, and kinds of query
+    fetch                            public sets and base models
 """
 import argparse
+import collections
 import contextlib
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import html
 import html.parser
@@ -29,9 +33,12 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import threading
+import time
 import traceback
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -653,117 +660,155 @@ def read_questions(path):
 
 
 # --- corpora -------------------------------------------------------------------------------------------------------------
-# Each reader yields (id, messages) of a file in the format in which the public set is spread.
 
-def json_records(path):
-    """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file."""
-    decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8-sig", errors="replace") as f:      # a byte that is not UTF-8 spoils its character, not the file
-        head = f.read(1)
-        while head and head.isspace():
-            head = f.read(1)
-        if head != "[":
-            yield from read_jsonl(path)
-            return
-        buffer, position, n = "", 0, 0
+def json_records(path, strict=False):
+    """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file.
+
+    A file that breaks off gives its whole records and one line on stderr with their number and the byte where the torn one begins;
+    with `strict` that line is an error, as a malformed record always is.
+    """
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:      # every byte keeps its length, so that places can be told in bytes
+        buffer, n, line, before = f.read(1 << 20), 0, 1, 0
+        at = re.match(r"\ufeff?\s*\[?", buffer).end()
+        array = buffer[:at].endswith("[")
         while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n,":
-                position += 1
-            if position < len(buffer) and buffer[position] == "]":
+            at = blank.match(buffer, at).end()
+            if array and buffer[at:at + 1] == "]":
                 return
             try:
-                if position == len(buffer):
-                    raise ValueError
-                record, end = decoder.raw_decode(buffer, position)
+                record, end = decoder.raw_decode(buffer, at)
             except RecursionError:
                 raise UserError(f"{path}: record {n + 1} is nested too deeply to read")
-            except ValueError:
-                piece = f.read(1 << 20)
-                if not piece:
-                    raise UserError(f"{path}: the JSON array breaks off or is malformed after {n} whole records")
-                buffer, position = buffer[position:] + piece, 0
-                continue
-            position, n = end, n + 1
+            except json.JSONDecodeError as e:
+                place = lambda i: before + len(buffer[:i].encode("utf-8", "surrogateescape"))
+                if e.pos < len(buffer) - 10 and not e.msg.startswith("Unterminated string"):           # not the end of the buffer's doing
+                    raise UserError(f"{path}:{line + buffer.count(chr(10), 0, e.pos)}: not JSON at byte {place(e.pos)}, after {n} whole records ({e.msg})")
+                if piece := f.read(max(1 << 20, len(buffer) - at)):                                     # a giant record is tried again at each doubling only
+                    before, line = place(at), line + buffer.count("\n", 0, at)
+                    buffer, at = buffer[at:] + piece, 0
+                    continue
+                if at == len(buffer) and not array:
+                    return
+                message = f"{path}: breaks off after {n} whole records, at byte {place(at)}"
+                if strict:
+                    raise UserError(message)
+                return print(f"{message}; what follows is lost (--strict makes this an error)", file=sys.stderr)
+            at, n = end, n + 1
             yield record
+
+
+def corpus_records(path, strict=False):
+    """The records of a corpus file: csv with a header, plain text (.txt: a document a paragraph), else JSON."""
+    if not str(path).endswith((".csv", ".txt")):
+        yield from json_records(path, strict)
+        return
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="" if str(path).endswith(".csv") else None) as f:
+        try:
+            yield from csv.DictReader(f) if str(path).endswith(".csv") else ({"text": "".join(lines)} for full, lines in itertools.groupby(f, lambda line: bool(line.strip())) if full)
+        except csv.Error as e:
+            raise UserError(f"{path}: not csv ({e})")
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "assistant": "assistant", "system": "system"}
+PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))      # Discord bots' logs
 
 
-def read_sharegpt(path):
-    """ShareGPT: [{"id", "conversations": [{"from": "human"|"gpt", "value"}]}] or the same as JSON lines."""
-    for number, record in enumerate(json_records(path)):
-        turns = record.get("conversations", record.get("items")) if isinstance(record, dict) else None
+def dialogues_of(record):
+    """The dialogues of a record, told by its fields: [messages], several for HC3; None where it has none of these.
+
+    {"conversations" or "items": [{"from", "value"}]}    ShareGPT       {"messages": [{"role", "content"}]}      ours and the OpenAI tools'
+    {"question", "chatgpt_answers"}: the ChatGPT side alone (§3.1), every answer an example of its own           HC3
+    {"instruction", "input", "output"}                   Alpaca         {"post", "summary"}                      Reddit tl;dr
+    a pair of PAIR_FIELDS                                Discord        {"text"}, as one message of role "text"  pre-training, replay
+    In place of a malformed message stands None.
+    """
+    if not isinstance(record, dict):
+        return None
+    turns = next((record[field] for field in ("messages", "conversations", "items") if field in record), record)
+    if turns is not record:
         messages = []
-        for turn in turns if isinstance(turns, list) else ():
+        for turn in turns if isinstance(turns, list) else [None]:
             role = ROLES.get(str(turn.get("from", turn.get("role"))).lower()) if isinstance(turn, dict) else None
             text = turn.get("value", turn.get("content")) if role else None
             messages.append({"role": role, "content": text} if isinstance(text, str) else None)
-        key = record.get("id") if isinstance(record, dict) else None
-        yield f"{Path(path).stem}-{number}" if key is None else str(key), messages
-
-
-def read_hc3(path):
-    """HC3, the ChatGPT side (§3.1): every answer of every question an example of its own."""
-    for number, record in enumerate(read_jsonl(path, "question", "chatgpt_answers")):
-        question, answers = record["question"], record["chatgpt_answers"]
-        for k, answer in enumerate(answers if isinstance(answers, list) and answers else [None]):
-            whole = isinstance(question, str) and isinstance(answer, str)
-            yield f"hc3-{Path(path).stem}-{number}-{k}", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] if whole else None
-
-
-PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))
-
-
-def read_discord(path):
-    """Discord bots: input-output pairs, JSON lines or csv with a header."""
-    if str(path).endswith(".csv"):
-        csv.field_size_limit(1 << 30)
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-            records = list(csv.DictReader(f))
+        return [messages]
+    pair = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
+    if "chatgpt_answers" in record:
+        answers = record["chatgpt_answers"]
+        pairs = [(record.get("question"), answer) for answer in (answers if isinstance(answers, list) and answers else [None])]
+    elif "instruction" in record:
+        pairs = [("\n\n".join(t for t in (record["instruction"], record.get("input")) if isinstance(t, str) and t), record.get("output"))]
+    elif "post" in record and "summary" in record:
+        pairs = [(isinstance(record["post"], str) and f"{record['post']}\n\nTL;DR:", record["summary"])]           # not stated in the paper; GPT-2's words for it
+    elif pair:
+        pairs = [(record[pair[0]], record[pair[1]])]
     else:
-        records = read_jsonl(path)
-    for number, record in enumerate(records):
-        fields = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
-        if not fields:
-            raise UserError(f"{path}:{number + 1}: no pair of fields such as input and output; found {', '.join(record)}")
-        yield f"discord-{Path(path).stem}-{number}", [{"role": role, "content": record[field]} if isinstance(record[field], str) else None
-                                                      for role, field in zip(("user", "assistant"), fields)]
+        return [[{"role": "text", "content": record["text"]}]] if isinstance(record.get("text"), str) else None
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] if isinstance(q, str) and isinstance(a, str) else [None] for q, a in pairs]
 
 
-READERS = {"sharegpt": read_sharegpt, "hc3": read_hc3, "discord": read_discord}
+def read_corpus(path, source, strict=False):
+    """Yield (id, messages) of a corpus file in any of the formats of `dialogues_of`."""
+    for number, record in enumerate(corpus_records(path, strict)):
+        dialogues = dialogues_of(record)
+        if dialogues is None and number == 0:
+            raise UserError(f"{path}: no conversation in its first record; found {', '.join(map(repr, record)) if isinstance(record, dict) else type(record).__name__}, see python data.py mix --help")
+        key = record.get("id") if isinstance(record, dict) else None
+        key = f"{source}-{Path(path).stem}-{number}" if key is None else str(key)
+        for k, messages in enumerate(dialogues or [[None]]):
+            yield (f"{key}-{k}" if dialogues and len(dialogues) > 1 else key), messages
+
+
+SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations or items: [{from, value}]}", "hc3": "HC3: JSON lines of {question, chatgpt_answers}",
+           "discord": "Discord bots: pairs of input and output, JSON lines or csv with a header",
+           "other": "any other set, told by its fields: messages, instruction/input/output (Alpaca), post/summary (tl;dr), text; or plain text, .txt, a document a paragraph"}
 
 
 # --- mix: ShareGPT-Mix (§3.1, appendix A) ---------------------------------------------------------------------------------
 
 class _Markdown(html.parser.HTMLParser):
-    """The text of a ShareGPT page: line breaks, lists and code kept, every other tag dropped."""
+    """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
+    MARKS = {"br": "\n", "p": "\n\n", "/p": "\n\n", "pre": "\n```\n", "/pre": "\n```\n", "code": "`", "/code": "`", "strong": "**", "/strong": "**", "tr": "\n", "td": " | ", "th": " | ",
+             "/ul": "\n", "/ol": "\n", **{f"h{n}": "\n\n" + "#" * n + " " for n in range(1, 7)}, **{f"/h{n}": "\n\n" for n in range(1, 7)}}
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.out = []
+        self.out, self.lists, self.pre = [], [], False       # of each open list the number of its next item, 0 where it has none
+        self.handle_data, self.handle_endtag = self.out.append, lambda tag: self.handle_starttag("/" + tag, ())
 
     def handle_starttag(self, tag, attrs):
-        self.out.append({"br": "\n", "p": "\n\n", "li": "\n- ", "pre": "\n```\n", "tr": "\n", "ul": "\n", "ol": "\n"}.get(tag, ""))
+        self.pre = tag == "pre" or self.pre and tag != "/pre"
+        if tag in ("ul", "ol"):
+            self.lists.append(int(tag == "ol"))
+        elif tag in ("/ul", "/ol"):
+            self.lists = self.lists[:-1]
+        elif tag == "li":
+            n = self.lists[-1] if self.lists else 0
+            self.out.append("\n" + "   " * (len(self.lists) - 1) + (f"{n}. " if n else "- "))
+            self.lists[-1:] = [n + bool(n)]
+        self.out.append("" if self.pre and tag.endswith("code") else self.MARKS.get(tag, ""))
 
-    def handle_endtag(self, tag):
-        self.out.append({"pre": "\n```\n", "p": "\n\n"}.get(tag, ""))
 
-    def handle_data(self, data):
-        self.out.append(data)
+PAGE = re.compile(r'\s*<(p|pre|ul|ol|table|h[1-6]|blockquote)>|\s*<div class="[^"]*\b(markdown|prose)\b')     # code that someone pasted has no such start and end
 
 
 def clean(text):
-    """Text of a turn without the residue of the web page it was copied from: HTML, "Copy code" buttons, rating widgets."""
-    if re.search(r"</(p|div|pre|li|ul|ol|span|code)>|<br ?/?>", text) and re.match(r"\s*<(p|div|pre|ul|ol|span)\b", text):
+    """Text of a turn without the residue of the web page it was copied from: HTML, buttons ("Copy code", "Share Prompt"), pagers ("2 / 2").
+
+    Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+    """
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\r\n", "\n").strip()
+    if PAGE.match(text) and re.search(r"</\w+>\Z", text):
         parser = _Markdown()
         parser.feed(text)
         parser.close()
-        text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out))
-    text = re.sub(r"(?m)^(```)?[ \t]*([\w+#-]*)Copy code[ \t]*`?", lambda m: f"{m[1]}{m[2]}\n" if m[1] else "", text)
-    text = re.sub(r"(?m)^[ \t]*\d+ ?/ ?\d+[ \t]*$\n?", "", text) if "\n1 / 1" in text else text
-    return text.replace("\r\n", "\n").strip()
+        text = re.sub(r"\n{3,}", "\n\n", "".join(parser.out)).strip()
+    text = re.sub(r"(?m)^(?:(```)\n?)?[ \t]*(?:([\w+#-]+)Copy code|Copy code(?![ \t]+\S))[ \t]*`?\n?", lambda m: f"{m[1]}{m[2] or ''}\n" if m[1] else "", text)
+    text = re.sub(r"\A\d+ / \d+\n|\n\d+ / \d+\Z", "", text.removesuffix("Share Prompt").strip())
+    return text.strip()
 
 
 def normalize_query(text):
@@ -772,16 +817,26 @@ def normalize_query(text):
 
 
 def join_pieces(dialogues):
-    """ShareGPT dumps cut long dialogues into pieces ID_0, ID_1, …; put each dialogue together again, in order."""
-    pieces = {}
+    """Yield (id, messages, number of pieces): ShareGPT dumps cut long dialogues into pieces ID_0, ID_1, …; they are put together again, in order.
+
+    A piece often begins with the answer that ended the one before: it is taken once. As any piece may be the last of its dialogue,
+    all wait, compressed, until the file is read.
+    """
+    waiting, counts = {}, collections.Counter()
     for key, messages in dialogues:
         match = re.fullmatch(r"(.+)_(\d+)", key)
         stem, number = (match[1], int(match[2])) if match else (key, 0)
-        while number in pieces.get(stem, ()):              # another dialogue of the same name stays one of its own
+        while messages and waiting.get(stem, {}).get(number):                  # another dialogue of the same name stays one of its own
             stem += "'"
-        pieces.setdefault(stem, {}).setdefault(number, messages)
-    for stem, parts in pieces.items():
-        yield stem, [m for number in sorted(parts) for m in parts[number]], len(parts)
+        counts[stem] += 1
+        parts = waiting.setdefault(stem, {})
+        parts[number] = zlib.compress(json.dumps(messages).encode(), 1) if messages else parts.get(number)
+    for stem, parts in waiting.items():
+        whole = []
+        for number in sorted(parts):
+            messages = json.loads(zlib.decompress(parts[number])) if parts[number] else []
+            whole += messages[bool(whole and messages and messages[0] == whole[-1]):]
+        yield stem, whole, counts[stem]
 
 
 def language_filter(confidence):
@@ -794,56 +849,90 @@ def language_filter(confidence):
 
     def foreign(text):
         language, probability = identifier.classify(text[:5000])
-        return language != "en" and probability >= confidence
+        return language not in ("en", "zxx") and probability >= confidence            # zxx: no language, which is code or numbers
     return foreign
 
 
-def keep_or_reason(messages, seen, foreign):
-    """(cleaned messages, None) or (None, reason); `seen` gathers the first queries met so far, None to allow repeats."""
-    if not messages or any(m is None or m["role"] is None for m in messages):
+def keep_or_reason(messages, foreign=None, mentions=None):
+    """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may match."""
+    if None in messages:
         return None, "malformed"
     messages = [{**m, "content": clean(m["content"])} for m in messages]
     messages = [m for m in messages if m["content"]]                      # an empty turn says nothing and ends nothing
-    while messages and messages[-1]["role"] != "assistant":               # a query nobody answered teaches nothing
+    while messages and messages[-1]["role"] not in ("assistant", "text"):               # a query nobody answered teaches nothing
         messages.pop()
-    query = next((m["content"] for m in messages if m["role"] == "user"), None)
-    if not messages or query is None:
+    if not any(m["role"] in ("user", "text") for m in messages):
         return None, "empty"
+    if mentions and any(mentions.search(m["content"]) for m in messages):
+        return None, "mention"
     if foreign and foreign("\n".join(m["content"] for m in messages)):
         return None, "not English"
-    if seen is not None:
-        key = normalize_query(query)
-        if key in seen:
-            return None, "duplicate query"
-        seen.add(key)
     return messages, None
 
 
-def mix(sources, out, foreign):
-    """Write ShareGPT-Mix and `dropped.jsonl` beside it; return {source: {"in", "kept", reason: n, …, "turns"}}.
+_mixer = ()                                                 # (language filter, mentions) of this process
 
-    `sources` is [(name, path)]. Deduplication is by the first query of a dialogue, within ShareGPT: HC3 has several answers
-    to one question on purpose.
+
+def _start_mixer(confidence, mentions, alone=True):
+    global _mixer
+    if not alone:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _mixer = None if confidence is None else language_filter(confidence), mentions
+
+
+def _mix_one(dialogue):
+    key, messages, pieces = dialogue
+    return key, pieces, *keep_or_reason(messages, *_mixer)
+
+
+def measure(tokenizer):
+    """(unit, messages -> length): tokens as `pack` makes them with the template `tokens`; words where no tokenizer folder is given."""
+    if tokenizer is None:
+        return "words", lambda messages: sum(len(m["content"].split()) for m in messages)
+    tokenizer = load_tokenizer(tokenizer).add(SPECIAL["tokens"])
+    return "tokens", lambda messages: len(tokenizer.encode(messages[0]["content"])) + 2 if messages[0]["role"] == "text" else len(render(messages, tokenizer, "tokens")[0])
+
+
+KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
+
+
+def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=None, strict=False, workers=None):
+    """Write ShareGPT-Mix and `dropped.jsonl` beside it, streaming; return {source: {"in", "kept", "dropped": {reason: n}, "turns", …}}.
+
+    `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". With dedup
+    `first` a dialogue is dropped whose first query began another, with `all` one whose every query has been met: whole dialogues, and
+    within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
     """
-    table, kept, dropped = {}, [], []
-    for name in dict.fromkeys(name for name, _ in sources):
-        row = table.setdefault(name, {"in": 0, "kept": 0, "turns": 0})
-        records = (record for other, path in sources if other == name for record in READERS[name](path))      # the files of a source are one
-        seen = set() if name == "sharegpt" else None
-        for key, messages, pieces in join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records):
-            row["in"] += pieces
-            if pieces > 1:
-                row["joined to another"] = row.get("joined to another", 0) + pieces - 1
-            messages, reason = keep_or_reason(messages, seen, foreign)
-            if reason:
-                row[reason] = row.get(reason, 0) + 1
-                dropped.append({"id": key, "source": name, "reason": reason})
-                continue
-            row["kept"] += 1
-            row["turns"] += len(messages)
-            kept.append({"id": key, "source": name, "messages": messages})
-    write_jsonl(out, kept)
-    write_jsonl(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl"), dropped)
+    from tqdm import tqdm
+    table, (unit, length) = {}, measure(tokenizer)
+    workers = workers or (os.cpu_count() if sum(os.stat(path).st_size for _, path in sources) > 20 << 20 else 1)      # the language filter is most of the work
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(atomic(out))
+        drop = stack.enter_context(atomic(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")))
+        _start_mixer(confidence, mentions)
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_mixer, (confidence, mentions, False))) if workers > 1 else None
+        for name in dict.fromkeys(name for name, _ in sources):
+            row = table[name] = {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0}
+            records = (record for other, path in sources if other == name for record in read_corpus(path, name, strict))      # the files of a source are one
+            dialogues = join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records)
+            seen = set()
+            for key, pieces, messages, reason in tqdm(pool.imap(_mix_one, dialogues, 32) if pool else map(_mix_one, dialogues), desc=f"mix {name}", unit=" dialogues", disable=None):
+                row["in"] += pieces
+                row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
+                if not reason and name == "sharegpt" and dedup != "none":
+                    queries = {normalize_query(m["content"]) for m in itertools.islice((m for m in messages if m["role"] == "user"), 1 if dedup == "first" else None)}
+                    reason = "duplicate query" if queries <= seen else None
+                    seen |= queries if not reason else set()
+                if reason:
+                    row["dropped"][reason] += 1
+                    drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                    continue
+                row["kept"] += 1
+                row[unit] += length(messages)
+                row["turns"] += sum(m["role"] != "text" for m in messages)
+                row["koala markers"] += sum(bool(KOALA_MARKERS.search(m["content"])) for m in messages if m["role"] == "user")
+                content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
+                keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
     return table
 
 
@@ -1003,6 +1092,167 @@ def inspect(folder, n_blocks, length):
         print()
 
 
+# --- stats: what is in a set ----------------------------------------------------------------------------------------------------
+
+def stats(path, tokenizer=None, png=None):
+    """Print conversations, turns and lengths of a file of conversations or text, or of packed data; draw the lengths into `png`."""
+    if Path(path).is_dir():
+        packed = Packed(path)
+        unit, lengths, turns = "tokens", np.diff([*packed.starts, len(packed.tokens)]), {"loss tokens": packed.meta["loss_tokens"]}
+    else:
+        unit, length = measure(tokenizer)
+        lengths, turns = [], collections.Counter(user=0, assistant=0)
+        for number, record in numbered_jsonl(path):
+            messages = [{"role": "text", "content": record["text"]}] if isinstance(record.get("text"), str) else check_messages(record, f"{path}:{number}")
+            turns.update(m["role"] for m in messages)
+            lengths.append(length(messages))
+        turns = {f"{role} turns" if role != "text" else "plain texts": n for role, n in turns.items()}
+    if not len(lengths):
+        raise UserError(f"{path}: nothing in it")
+    quantiles = {f"{unit}, {name}": int(np.quantile(lengths, q)) for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))}
+    print_table([[path, ""], ["conversations", len(lengths)], *turns.items(), [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles.items()])
+    if png:
+        try:
+            import matplotlib
+        except ImportError:
+            raise UserError("--png needs matplotlib: pip install matplotlib")
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, ax = plt.subplots(figsize=(6, 3.5))
+        ax.hist(np.maximum(lengths, 1), bins=np.geomspace(1, max(max(lengths), 2), 50), color="#4477aa")
+        ax.set(xscale="log", xlabel=f"{unit} a conversation", ylabel="conversations", title=visible(Path(path).name))
+        if unit == "tokens":
+            ax.axvline(2048, color="black", linewidth=1, linestyle=":")    # the paper's block
+        fig.tight_layout()
+        with atomic(png, "wb") as f:
+            fig.savefig(f, dpi=150, format="png")
+        plt.close(fig)
+
+
+CATEGORIES = {"generation": 31, "general QA": 16, "coding": 16, "brainstorming": 8, "chat": 6, "summarization": 4, "rewriting": 2, "non-English": 14, "invalid": 2}      # Table 5: % of 50 queries, by hand
+
+# The paper names the kinds and labelled them by hand; the words of the request are ours.
+CATEGORY_REQUEST = """Which kind of query to a chat assistant is the text between the lines? Answer with one of these kinds and nothing else: {kinds}. Text in another language than English is non-English; text that asks for nothing intelligible is invalid.
+----------
+{query}
+----------
+Do not answer the query. Kind:"""
+
+
+def category_prompts(path, n, out, seed=0):
+    """Write prompts that have a teacher label the first queries of `n` conversations, drawn at random (§3.1, Table 5)."""
+    queries = [(record.get("id", number), next((m["content"] for m in check_messages(record, f"{path}:{number}") if m["role"] == "user"), None)) for number, record in numbered_jsonl(path)]
+    queries = [(key, q) for key, q in queries if q]
+    if len(queries) < n:
+        raise UserError(f"{path}: {len(queries)} conversations with a query, --categories asks for {n}")
+    chosen = sorted(np.random.default_rng(seed).choice(len(queries), n, replace=False))
+    write_jsonl(out, ({"id": f"{i}-{queries[i][0]}", "prompt": CATEGORY_REQUEST.format(kinds=", ".join(CATEGORIES), query=queries[i][1][:2000])} for i in chosen))
+
+
+def category_table(path):
+    """Rows of kind, number, share and its standard error, the paper's share; from a teacher's replies to `category_prompts`."""
+    counts = collections.Counter()
+    for _, answer, _ in read_replies(path).values():
+        found = [(at, kind) for kind in CATEGORIES if (at := answer.lower().find(kind.lower())) >= 0]
+        counts[min(found)[1] if found else "no kind in the reply"] += 1
+    n = counts.total()
+    if not n:
+        raise UserError(f"{path}: no replies in it")
+    share = lambda k: counts[k] / n
+    return [["kind", "n", "%", "±", "paper %"], *([k, counts[k], f"{100 * share(k):.1f}", f"{100 * (share(k) * (1 - share(k)) / n) ** 0.5:.1f}", CATEGORIES.get(k, "")]
+                                                  for k in {**CATEGORIES, **counts})]
+
+
+# --- fetch: public sets and base models -----------------------------------------------------------------------------------------
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")          # the hub's own variable for mirrors
+GITHUB = "https://raw.githubusercontent.com"
+FETCH = {                                                   # name: (folder, address, {file: SHA-256 where known}, whose and under what licence)
+    "sharegpt": ("data/sharegpt", f"{HUB}/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main", {"ShareGPT_V3_unfiltered_cleaned_split.json": None}, "users' own dialogues with ChatGPT, a community's dump; OpenAI's terms"),
+    "hc3": ("data/hc3", f"{HUB}/datasets/Hello-SimpleAI/HC3/resolve/main", {"all.jsonl": None}, "Hello-SimpleAI, CC BY-SA 4.0"),
+    "nq": ("data/nq", f"{GITHUB}/google-research-datasets/natural-questions/master/nq_open", {"NQ-open.dev.jsonl": "f15567f38099f3615f5b8a685c0aef449c11ad90d3da3735e8d1b98115b40616", "NQ-open.train.jsonl": None}, "Google, CC BY-SA 3.0"),
+    "mmlu": ("data/mmlu", "https://people.eecs.berkeley.edu/~hendrycks", {"data.tar": "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b"}, "Hendrycks et al., MIT"),
+    "humaneval": ("data/humaneval", f"{GITHUB}/openai/human-eval/master/data", {"HumanEval.jsonl.gz": "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"}, "OpenAI, MIT"),
+    "realtoxicityprompts": ("data/realtoxicityprompts", f"{HUB}/datasets/allenai/real-toxicity-prompts/resolve/main", {"prompts.jsonl": None}, "Allen Institute for AI, Apache-2.0"),
+    "koala": ("data/koala", f"{GITHUB}/arnav-gudibande/koala-test-set/main", {"koala_test_set.jsonl": "c8cda5c53810dc30aad34fabbb828fe3eba0957119e00916650c971905d19886"}, "evaluation prompts of the authors, Apache-2.0"),
+    "tldr": ("data/tldr", "https://openaipublic.blob.core.windows.net/summarize-from-feedback/datasets/tldr_3_filtered", {"train.jsonl": None}, "Reddit posts, filtered by OpenAI"),
+    **{name: (f"weights/{name}", f"{HUB}/openai-community/{name}/resolve/main", dict.fromkeys(["config.json", "vocab.json", "merges.txt", "model.safetensors"]), "OpenAI, MIT") for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    **{f"llama{size}": (f"weights/llama{size}", f"{HUB}/huggyllama/llama-{size}/resolve/main", {"config.json": None, "tokenizer.model": "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347", "model.safetensors.index.json": None},
+                        "a community's conversion of Meta's LLaMA, whose licence (research, not commercial) binds you") for size in ("7b", "13b", "30b", "65b")},
+}
+
+
+def download(session, url, path, sha256=None):
+    """Download `url` to `path`: continues where an earlier try broke off, and renames only what is whole and has the right checksum.
+
+    UserError where the server has no such file or wants a permission, Failure where it does not answer after several tries, or sends
+    something else than `sha256` (or the hub's own header) says. A part's name tells the version, so that two are never mixed.
+    """
+    import requests
+    import urllib3
+    from tqdm import tqdm
+    tries = 0
+    while True:
+        old = next(path.parent.glob(f"{glob.escape(path.name)}.????????.part"), None)
+        at = begin = old.stat().st_size if old else 0
+        try:
+            with session.get(url, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={at}-"} if at else {})}, stream=True, timeout=60) as answer:
+                status, head = answer.status_code, answer.headers
+                if status in (401, 403, 404, 410):
+                    raise UserError(f"{url} answered {status}: {'its owner wants a permission' if status < 404 else 'it is not there any more'}")
+                if status not in (200, 206, 416):
+                    raise requests.RequestException(f"answered {status}")
+                at = begin = at if status == 206 else 0     # 200: the whole, whatever was asked for
+                linked = next((r.headers["X-Linked-Etag"].strip('"') for r in (*answer.history, answer) if "X-Linked-Etag" in r.headers), "")
+                sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
+                total = at + int(head["Content-Length"]) if "Content-Length" in head else None
+                part = path.with_name(f"{path.name}.{digest(linked or head.get('ETag', '').removeprefix('W/'), total)[:8]}.part")
+                if old and (part != old or status == 416):
+                    old.unlink()
+                if at and part != old or status == 416:     # changed there since, or not the bytes asked for
+                    raise requests.RequestException("sent another part than was asked for")
+                with open(part, "ab" if at else "wb") as f, tqdm(total=total, initial=at, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                    while piece := answer.raw.read1(1 << 20):           # raises where the connection ends before Content-Length
+                        at += f.write(piece)
+                        bar.update(len(piece))
+                    f.flush()
+                    os.fsync(f.fileno())
+            break
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
+            tries = 1 if at > begin else tries + 1
+            if tries > 5:
+                raise Failure(f"{url}: {e if type(e) is requests.RequestException else type(e).__name__} (5 tries); the same command continues")
+            time.sleep(2.0 ** tries / 4)
+    if sha256 and file_hash(part) != sha256:
+        part.unlink()
+        raise Failure(f"{url}: what came does not have the SHA-256 {sha256}; it was deleted, the same command tries again")
+    os.replace(part, path)
+
+
+def fetch(name):
+    """Download the files of FETCH[name] that are not there yet into its folder, with the shards that an index names; returns the folder."""
+    import requests
+    folder, address, files, licence = FETCH[name]
+    print(f"{name}: {licence}; to {folder}/", file=sys.stderr)
+    folder, waiting = Path(folder), dict(files)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, folder), requests.Session() as session:
+        session.auth = lambda request: request              # nothing out of a netrc
+        while waiting:
+            file = next(iter(waiting))
+            path, sha256 = folder / file, waiting.pop(file)
+            if not path.exists() and not (file == "data.tar" and (folder / "test").exists()):
+                download(session, f"{address}/{file}", path, sha256)
+            if file.endswith(".index.json"):
+                waiting |= dict.fromkeys(s for s in sorted(set(read_json(path)["weight_map"].values())) if re.fullmatch(r"[\w.-]+\.safetensors", s))
+            elif file == "data.tar" and path.exists():      # MMLU: its data/dev becomes FOLDER/dev
+                with tarfile.open(path) as tar:
+                    wanted = [m.replace(name=m.name.removeprefix("data/")) for m in tar if re.fullmatch(r"data/(dev|test|val)/\w+\.csv", m.name)]
+                    tar.extractall(folder, wanted, filter="data")
+                path.unlink()
+    return folder
+
+
 # --- the program -------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -1010,16 +1260,20 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("mix", help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
-    for name in READERS:
-        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=f"{name} file; may be given several times")
-    p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl is written beside it")
+    for name, text in SOURCES.items():
+        p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=text + "; may be given several times")
+    p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl beside it says what was dropped and why")
+    p.add_argument("--strict", action="store_true", help="a file that breaks off is an error; without it, its whole records are used and the loss is said")
+    p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. The paper says query-level")
+    p.add_argument("--drop-mentions", metavar="WORDS", help="drop dialogues in which any of these, separated by commas, stands (openai,chatgpt); not stated in the paper, Koala did so")
     p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
     p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
+    p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
-    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate")
+    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate (mix counts those)")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")
     p.add_argument("--workers", type=positive, help="tokenizing processes; None is one per core")
@@ -1028,22 +1282,51 @@ def main():
     p.add_argument("dir")
     p.add_argument("--blocks", type=positive, default=2)
     p.add_argument("--block", type=positive, default=512, help="tokens a block")
+
+    p = commands.add_parser("stats", help="conversations, turns, lengths; kinds of query", example="python data.py stats mix.jsonl --tokenizer weights/llama7b --png lengths.png")
+    p.add_argument("path", nargs="?", help="conversations, JSON lines, or a folder of packed data")
+    p.add_argument("--tokenizer", metavar="DIR", help="count tokens; without it, words")
+    p.add_argument("--png", metavar="FILE", help="histogram of the lengths")
+    p.add_argument("--categories", type=positive, metavar="N", help="write to --out the prompts that have a teacher label N queries with the kinds of Table 5; `imitation.py collect` asks it")
+    p.add_argument("--out", metavar="FILE", help="of --categories")
+    p.add_argument("--labels", metavar="REPLIES", help="tally what it replied, beside the paper's figures")
+    p.add_argument("--seed", type=natural, default=0, help="of the choice of queries")
+
+    p = commands.add_parser("fetch", help="download a public set into data/ or a base model into weights/; their owners' licences apply", example="python data.py fetch hc3 llama7b")
+    p.add_argument("names", nargs="+", choices=list(FETCH), metavar="NAME", help=", ".join(FETCH))
     args = parser.parse_args()
 
     if args.command == "mix":
-        sources = [(name, path) for name in READERS for path in getattr(args, name)]
+        sources = [(name, path) for name in SOURCES for path in getattr(args, name)]
         if not sources:
-            parser.error("mix needs at least one of --" + ", --".join(READERS))
-        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence))
-        reasons = sorted({k for row in table.values() for k in row} - {"in", "kept", "turns"})
-        columns = ["in", "kept", *reasons, "turns"]
-        print_table([["source", *columns]] + [[name, *(row.get(c, 0) for c in columns)] for name, row in table.items()])
+            parser.error("mix needs at least one of --" + ", --".join(SOURCES))
+        words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
+        table = mix(sources, args.out, None if args.any_language else args.language_confidence, args.dedup,
+                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict)
+        if len(table) > 1:
+            rows = list(table.values())
+            table["all"] = {k: sum((row[k] for row in rows), collections.Counter() if k == "dropped" else 0) for k in rows[0]}
+        reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
+        columns = [c for c in next(iter(table.values())) if c != "dropped"]
+        print_table([["source", *columns[:2], *reasons, *columns[2:]]] + [[name, *(row[c] for c in columns[:2]), *(row["dropped"][r] for r in reasons), *(row[c] for c in columns[2:])] for name, row in table.items()])
     elif args.command == "pack":
         meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
         print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
               f"{sum(meta['dropped'].values())} dropped")
-    else:
+    elif args.command == "inspect":
         inspect(args.dir, args.blocks, args.block)
+    elif args.command == "fetch":
+        for name in args.names:
+            print(fetch(name))
+    elif args.labels:
+        print_table(category_table(args.labels))
+    elif not args.path or bool(args.categories) != bool(args.out):
+        parser.error("stats needs a file, --categories an --out")
+    elif args.categories:
+        category_prompts(args.path, args.categories, args.out, args.seed)
+        print(f"{args.out}: now python imitation.py collect --prompts {args.out} --temperature 0 --endpoint URL --endpoint-model NAME --out labels.jsonl; then python data.py stats --labels labels.jsonl")
+    else:
+        stats(args.path, args.tokenizer, args.png)
 
 
 if __name__ == "__main__":

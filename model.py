@@ -1048,7 +1048,7 @@ def read_config(folder):
     if is_meta(folder):
         return MetaWeights(folder).config, {}
     if not path.is_file():
-        raise UserError(f"{folder}: no checkpoint there (no config.json); presets are {', '.join(PRESETS)}")
+        raise UserError(f"{folder}: no checkpoint there (no config.json)" + (f"; get it with: python data.py fetch {Path(folder).name}" if Path(folder).name in PRESETS else f"; presets are {', '.join(PRESETS)}"))
     d = read_json(path)
     return config_from_hf(d, path), d
 

