@@ -10,6 +10,7 @@ In this file, in the order in which text becomes training data:
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
+    BLEU between queries             an exact index of similar queries: diversity, held-out prompts
     pack                             one memory-mapped stream of tokens; blocks; inspect
 """
 import argparse
@@ -788,11 +789,15 @@ def keep_or_reason(messages, seen, foreign):
     return messages, None
 
 
-def mix(sources, out, foreign):
+def dropped_path(out):
+    return Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")
+
+
+def mix(sources, out, foreign, held_out=None):
     """Write ShareGPT-Mix and `dropped.jsonl` beside it; return {source: {"in", "kept", reason: n, …, "turns"}}.
 
     `sources` is [(name, path)]. Deduplication is by the first query of a dialogue, within ShareGPT: HC3 has several answers
-    to one question on purpose.
+    to one question on purpose. `held_out`: a file of prompts; dialogues with a query like one of them are dropped (ours).
     """
     table, kept, dropped = {}, [], []
     for name in dict.fromkeys(name for name, _ in sources):
@@ -811,8 +816,8 @@ def mix(sources, out, foreign):
             row["kept"] += 1
             row["turns"] += len(messages)
             kept.append({"id": key, "source": name, "messages": messages})
-    write_jsonl(out, kept)
-    write_jsonl(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl"), dropped)
+    write_jsonl(out, without_held_out(kept, held_out, table, dropped) if held_out else kept)
+    write_jsonl(dropped_path(out), dropped)
     return table
 
 
@@ -821,6 +826,199 @@ def print_table(rows, file=None):
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), file=file)
+
+
+# --- BLEU between queries: diversity (§3.1), held-out prompts ------------------------------------------------------------
+
+def bleu_tokens(text):
+    """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(entity, character)
+    for pattern, spaced in ((r"([{-~[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, spaced, f" {text} ")
+    return text.split()
+
+
+def bleu(matches, length, reference_lengths):
+    """Sentence-BLEU in percent as (exp, none), arrays (references,), of a hypothesis of `length` tokens from clipped `matches` (orders, references).
+
+    Up to 4-grams, effective order: matches has min(4, length) rows. The two ways with orders that match nothing: `exp` gives
+    them 1/2, 1/4, … of a match, one after the other; with none BLEU is 0.
+    """
+    matched = matches > 0
+    precision = np.where(matched, matches, 0.5 ** np.cumsum(~matched, 0)) / (length - np.arange(len(matches)))[:, None]
+    score = 100 * np.exp(np.minimum(0, 1 - reference_lengths / length) + np.log(precision).mean(0))       # the first term is the brevity penalty
+    return np.where(matched[0], score, 0), np.where(matched[-1], score, 0)
+
+
+class BleuIndex:
+    """Sentence-BLEU of each text (the hypothesis) against each other (the one reference): exact, sacrebleu's figures.
+
+    How it works. The k-th occurrence of an n-gram in a text is a key of its own, so that a clipped match, min(count, count), is
+    a key in common, and the matches of a text with all others are a histogram over the posting lists of its keys. Orders 2 to
+    4 have short lists and are counted so. Words have long ones: at first as many as the lengths allow are taken to match, which
+    bounds BLEU from above; they are counted from the highest bound down, while a bound exceeds the best score met. All texts
+    without a pair of words in common are under one bound; where the best is too (short texts), the words of all are counted.
+
+    It rests on this: more matches never lower BLEU, and an order without matches has none above it. What would break it is the
+    time, not the result: that grows with the square of the texts that share one long passage. Memory: about 250 bytes a token
+    while the index is built, at most 32 after.
+    """
+
+    def __init__(self, texts):
+        words = {}
+        tokens = [np.array([words.setdefault(w, len(words)) for w in bleu_tokens(text)], np.int64) for text in texts]
+        self.lengths, tokens = np.array([len(t) for t in tokens], np.int64), np.concatenate([np.zeros(0, np.int64), *tokens])
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(tokens))       # tokens from here to the end of the text
+        self.orders, at, grams = [], np.arange(len(tokens)), tokens
+        for n in range(1, 5):
+            if n > 1:                                      # an n-gram: the (n-1)-gram it begins with, and its last token
+                fits = left[at] >= n
+                at = at[fits]
+                grams = np.unique(grams[fits] * len(words) + tokens[at + n - 1], return_inverse=True)[1]
+            order = np.argsort(grams, kind="stable")       # by n-gram, then by text
+            gram, text, place = grams[order], owner[at[order]], np.arange(len(at))
+            first = (np.diff(gram, prepend=-1) != 0) | (np.diff(text, prepend=-1) != 0)
+            occurrence = place - np.maximum.accumulate(np.where(first, place, 0))
+            _, key, shared = np.unique(gram * (occurrence.max(initial=0) + 1) + occurrence, return_inverse=True, return_counts=True)
+            kept = shared[key] > 1                         # what one text alone has matches nothing
+            key, text = (np.cumsum(shared > 1) - 1)[key[kept]], text[kept]
+            self.orders.append((text[np.argsort(key, kind="stable")].astype(np.int32), np.cumsum([0, *shared[shared > 1]]),
+                                key[np.argsort(text, kind="stable")].astype(np.int32), np.cumsum([0, *np.bincount(text, minlength=len(self.lengths))])))
+
+    def keys(self, n, i):
+        _, _, keys, start = self.orders[n - 1]
+        return keys[start[i]:start[i + 1]]
+
+    def matches(self, i, first=1):
+        """Clipped matches of text i with every text, (orders from `first`, texts); with itself 0."""
+        rows = np.zeros((max(0, min(4, self.lengths[i]) + 1 - first), len(self.lengths)), np.int64)
+        for n, row in enumerate(rows, first):
+            texts, start, _, _ = self.orders[n - 1]
+            keys = self.keys(n, i)
+            row += np.bincount(np.concatenate([texts[:0], *(texts[a:b] for a, b in zip(start[keys], start[keys + 1]))]), minlength=len(row))
+        rows[:, i] = 0
+        return rows
+
+    def scores(self, i):
+        """(exp, none) of text i against every text, each (texts,); against itself 0."""
+        return bleu(self.matches(i), self.lengths[i], self.lengths) if self.lengths[i] else np.zeros((2, len(self.lengths)))
+
+    def best(self, i):
+        """(exp, none): the highest of scores(i), most of which are never computed."""
+        length, exp, none = self.lengths[i], 0.0, 0.0
+        if length > 1:
+            matches = self.matches(i, 2)
+            others = np.flatnonzero(matches[0])
+            lengths = self.lengths[others]
+            matches = np.vstack([np.minimum(length, lengths), matches[:, others]])
+            bound, mine = bleu(matches, length, lengths)[0], np.zeros(len(self.orders[0][1]), bool)
+            mine[self.keys(1, i)] = True
+            while len(open_ := np.flatnonzero((bound > exp) | (bound > none) & (matches[-1] > 0))):
+                top = open_[np.argpartition(-bound[open_], min(32, len(open_) - 1))[:32]]
+                matches[0, top] = [np.count_nonzero(mine[self.keys(1, j)]) for j in others[top]]
+                found = bleu(matches[:, top], length, lengths[top])
+                exp, none, bound[top] = max(exp, found[0].max()), max(none, found[1].max()), -1
+        if length and exp < bleu(np.array([[length], [0], [0], [0]])[:length], length, length)[0]:
+            exp, none = (s.max() for s in self.scores(i))
+        return float(exp), float(none)
+
+
+_index = None                                               # the worker processes have it by fork
+
+
+def _best(i):
+    return _index.best(i)
+
+
+def queries_of(messages):
+    return [m["content"] for m in messages if m["role"] == "user"]
+
+
+def diversity(path, first_turn=False, workers=None):
+    """§3.1's measure of a data set, as results.json's content: BLEU, in percent, of each user query to the most similar other, averaged.
+
+    Not stated in the paper: the variant of BLEU, and what a query is. Ours: the distinct normalised user turns, or first turns;
+    their exact twins are only counted.
+    """
+    global _index
+    turns = [normalize_query(q) for n, record in numbered_jsonl(path) for q in queries_of(check_messages(record, f"{path}:{n}"))[:1 if first_turn else None]]
+    queries = list(dict.fromkeys(filter(None, turns)))
+    if len(queries) < 2:
+        raise UserError(f"{path}: fewer than two distinct user queries, nothing to compare")
+    _index = BleuIndex(queries)
+    from tqdm import tqdm
+    with multiprocessing.get_context("fork").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        best = tqdm(pool.imap(_best, range(len(queries)), chunksize=32), total=len(queries), desc="diversity", unit=" queries", disable=None)
+        scores = dict(zip(("bleu_exp", "bleu_none"), np.array(list(best)).T))
+    return {"task": "diversity", "model": Path(path).stem,
+            "metrics": {k: {"score": float(s.mean()), "stderr": float(s.std(ddof=1) / len(s) ** 0.5), "n": len(s)} for k, s in scores.items()},
+            "settings": {"source_hash": file_hash(path), "first_turn": first_turn, "order": 4, "tokenization": "13a", "effective_order": True},
+            "user_turns": len(turns), "empty": turns.count(""), "twins": len(turns) - turns.count("") - len(queries),
+            "histogram": {k: np.bincount(np.minimum(s // 10, 9).astype(int), minlength=10).tolist() for k, s in scores.items()}}
+
+
+def show_diversity(result):
+    (exp, none), bars = result["metrics"].values(), list(zip(*result["histogram"].values()))
+    print(f"{exp['n']} distinct queries of {result['user_turns']} user turns; set aside: {result['twins']} exact twins, {result['empty']} empty")
+    print(f"BLEU to the most similar other query, mean: {exp['score']:.2f}% with smoothing exp, {none['score']:.2f}% with none (paper: ShareGPT-Mix 8%, Super-NaturalInstructions 61%)")
+    print_table([["BLEU", "exp", "none", ""]] + [[f"{10 * i}-{10 * i + 10}", *pair, f"{'#' * -(-40 * pair[0] // max(bars)[0]):40}"] for i, pair in enumerate(bars)])
+
+
+def too_similar(prompts, examples, limit=20.0):
+    """(indices of prompts, indices of examples) with BLEU > `limit` percent to one of the other side; both are lists of lists of queries.
+
+    The hypothesis is the prompt, the reference the training query, both normalised; smoothing is exp, under which more is similar.
+    """
+    owners, near = ({}, {}), (set(), set())
+    for side, mine in zip((prompts, examples), owners):
+        for i, query in ((i, q) for i, queries in enumerate(side) for q in queries):
+            mine.setdefault(normalize_query(query), []).append(i)
+    index, examples_with = BleuIndex([*owners[0], *owners[1]]), list(owners[1].values())
+    for i, mine in enumerate(owners[0].values()):
+        found = np.flatnonzero(index.scores(i)[0][len(owners[0]):] > limit)
+        near[0].update(mine if len(found) else ())
+        near[1].update(j for k in found for j in examples_with[k])
+    return near
+
+
+def without_held_out(kept, prompts, table, dropped):
+    """The conversations of `kept` without those too similar to a prompt of the file `prompts`; table and dropped are kept in step."""
+    near, reason = too_similar([queries_of(p["messages"]) for p in read_prompts(prompts)], [queries_of(r["messages"]) for r in kept])[1], "like a held-out prompt"
+    for record in (kept[i] for i in sorted(near)):
+        row = table[record["source"]]
+        row.update({"kept": row["kept"] - 1, "turns": row["turns"] - len(record["messages"]), reason: row.get(reason, 0) + 1})
+        dropped.append({"id": record["id"], "source": record["source"], "reason": reason})
+    return [record for i, record in enumerate(kept) if i not in near]
+
+
+CODING = re.compile(   # code itself (a fence, statements, closing tags, calls), a language by name, or a wish for code
+    r"```|^[ \t]*(?:def \w+\(|class \w+[:({]|import [\w.]+[ \t]*(?:;|as |$)|from [\w.]+ import |#include|#!/|(?:public|private|static) \w+ \w+|(?:const|let|var) \w+ = |(?:async )?function\*? \w*\(|select .+ from )"
+    r"|[;{][ \t]*\r?\n[ \t]*\S.*[;}{][ \t]*$|</(?!p>|b>|i>|em>)[a-z]\w*>|=>|\w\(\)"
+    r"|(?<![.\w])(?:python|javascript|typescript|java|golang|php|sql|html|css|regex|bash|powershell|matlab|vba|django|pytorch|numpy|kubernetes|leetcode|c\+\+|c#|node\.?js|react(?:js| native| component))(?!\w)"
+    r"|\b(?:source|following|this|that|my|some|sample|example|write|the|of|in|your) code\b(?! of)|\b(?:pseudo-?code|codebase|debug|refactor|programming language|unit tests?|write an? (?:\w+ )?(?:function|program|algorithm))\b", re.I | re.M)
+
+
+def held_out(prompts, train, n, out, foreign, seed=0):
+    """The prompts of the human evaluation: empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
+
+    Writes them in the order of the file, as conversations, and `dropped.jsonl` beside them. Not stated in the paper: how coding was told.
+    """
+    records = read_prompts(prompts)
+    queries, examples = [queries_of(r["messages"]) for r in records], [queries_of(check_messages(r, f"{train}:{number}")) for number, r in numbered_jsonl(train)]
+    if not examples:
+        raise UserError(f"{train}: no conversations in it, nothing to hold the prompts against")
+    near = too_similar(queries, examples)[0]
+    tests = {"empty": lambda i, text: not text.strip(), "not English": lambda i, text: foreign and foreign(text), "coding": lambda i, text: CODING.search(text), "like a training query": lambda i, text: i in near}
+    reasons = [next((name for name, test in tests.items() if test(i, "\n".join(q))), "kept") for i, q in enumerate(queries)]
+    left = [i for i, reason in enumerate(reasons) if reason == "kept"]
+    for k in np.random.default_rng(seed).permutation(len(left))[n:]:
+        reasons[left[k]] = "not drawn"
+    write_jsonl(out, [r for r, reason in zip(records, reasons) if reason == "kept"])
+    write_jsonl(dropped_path(out), [{"id": r["id"], "reason": reason} for r, reason in zip(records, reasons) if reason != "kept"])
+    return {"in": len(records), **{name: reasons.count(name) for name in (*tests, "not drawn", "kept")}}
 
 
 # --- pack ------------------------------------------------------------------------------------------------------------------
@@ -984,6 +1182,22 @@ def main():
     p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl is written beside it")
     p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
     p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
+    p.add_argument("--held-out", metavar="FILE", help="drop dialogues with a query to which one of these prompts has BLEU > 20%%; not the paper's way, which is `heldout`")
+
+    p = commands.add_parser("diversity", help="BLEU of each user query to its most similar other, averaged", example="python data.py diversity mix.jsonl --first-turn --out diversity.json")
+    p.add_argument("file", help="conversations or prompts, JSON lines")
+    p.add_argument("--first-turn", action="store_true", help="the first query of each conversation only")
+    p.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    p.add_argument("--workers", type=positive, help="processes; None is one per core")
+
+    p = commands.add_parser("heldout", help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
+    p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or messages, JSON lines")
+    p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped")
+    p.add_argument("--n", type=positive, default=255, help="prompts to keep")
+    p.add_argument("--out", required=True, metavar="FILE", help="FILE.dropped.jsonl is written beside it")
+    p.add_argument("--seed", type=natural, default=0, help="of the draw")
+    p.add_argument("--any-language", action="store_true", help="keep prompts that are not English")
+    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a prompt when another language is this probable; not stated in the paper")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
@@ -1003,10 +1217,20 @@ def main():
         sources = [(name, path) for name in READERS for path in getattr(args, name)]
         if not sources:
             parser.error("mix needs at least one of --" + ", --".join(READERS))
-        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence))
+        table = mix(sources, args.out, None if args.any_language else language_filter(args.language_confidence), args.held_out)
         reasons = sorted({k for row in table.values() for k in row} - {"in", "kept", "turns"})
         columns = ["in", "kept", *reasons, "turns"]
         print_table([["source", *columns]] + [[name, *(row.get(c, 0) for c in columns)] for name, row in table.items()])
+    elif args.command == "diversity":
+        result = diversity(args.file, args.first_turn, args.workers)
+        show_diversity(result)
+        if args.out:
+            write_json(args.out, result)
+    elif args.command == "heldout":
+        row = held_out(args.prompts, args.train, args.n, args.out, None if args.any_language else language_filter(args.language_confidence), args.seed)
+        print_table([["prompts", *row], [Path(args.prompts).name, *row.values()]])
+        if row["kept"] < args.n:
+            print(f"{args.out}: only {row['kept']} prompts are left of the {args.n} asked for", file=sys.stderr)
     elif args.command == "pack":
         meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
         print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
