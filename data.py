@@ -841,10 +841,9 @@ def bleu_tokens(text):
 
 
 def bleu(matches, length, reference_lengths):
-    """Sentence-BLEU in percent as (exp, none), arrays (references,), of a hypothesis of `length` tokens from clipped `matches` (orders, references).
+    """Sentence-BLEU in percent as (exp, none), each (references,), of a hypothesis of `length` tokens, from its clipped matches, (orders, references).
 
-    Up to 4-grams, effective order: matches has min(4, length) rows. The two ways with orders that match nothing: `exp` gives
-    them 1/2, 1/4, … of a match, one after the other; with none BLEU is 0.
+    Up to 4-grams, effective order: min(4, length) rows. Orders that match nothing get 1/2, 1/4, … of a match under exp; with none BLEU is 0.
     """
     matched = matches > 0
     precision = np.where(matched, matches, 0.5 ** np.cumsum(~matched, 0)) / (length - np.arange(len(matches)))[:, None]
@@ -853,17 +852,15 @@ def bleu(matches, length, reference_lengths):
 
 
 class BleuIndex:
-    """Sentence-BLEU of each text (the hypothesis) against each other (the one reference): exact, sacrebleu's figures.
+    """Sentence-BLEU of each text (the hypothesis) with each other (the one reference): exact, sacrebleu's figures.
 
-    How it works. The k-th occurrence of an n-gram in a text is a key of its own, so that a clipped match, min(count, count), is
-    a key in common, and the matches of a text with all others are a histogram over the posting lists of its keys. Orders 2 to
-    4 have short lists and are counted so. Words have long ones: at first as many as the lengths allow are taken to match, which
-    bounds BLEU from above; they are counted from the highest bound down, while a bound exceeds the best score met. All texts
-    without a pair of words in common are under one bound; where the best is too (short texts), the words of all are counted.
-
-    It rests on this: more matches never lower BLEU, and an order without matches has none above it. What would break it is the
-    time, not the result: that grows with the square of the texts that share one long passage. Memory: about 250 bytes a token
-    while the index is built, at most 32 after.
+    How it works. The k-th occurrence of an n-gram in a text is a key of its own, so that a clipped match, min(count, count), is a
+    key in common, and a text's matches with all others are a histogram of its keys' posting lists. Orders 2 to 4 have short lists
+    and are counted so. Words have long ones: at first as many as the lengths allow are taken to match, which bounds BLEU from above;
+    they are counted from the highest bound down, while a bound exceeds the best score met. All texts without a pair of words in
+    common are under one bound; where the best is too (short texts), the words of all are counted.
+    It rests on this: more matches never lower BLEU, and an order without matches has none above it. What would break it is the time,
+    not the result: it grows with the square of the texts that share one long passage. Memory: 250 bytes a token while it is built, 32 after.
     """
 
     def __init__(self, texts):
@@ -892,25 +889,26 @@ class BleuIndex:
         _, _, keys, start = self.orders[n - 1]
         return keys[start[i]:start[i + 1]]
 
-    def matches(self, i, first=1):
-        """Clipped matches of text i with every text, (orders from `first`, texts); with itself 0."""
-        rows = np.zeros((max(0, min(4, self.lengths[i]) + 1 - first), len(self.lengths)), np.int64)
-        for n, row in enumerate(rows, first):
+    def matches(self, i, orders):
+        """Clipped matches of text i with every text, (orders, texts); with itself 0."""
+        rows = np.zeros((len(orders), len(self.lengths)), np.int64)
+        for row, n in zip(rows, orders):
             texts, start, _, _ = self.orders[n - 1]
-            keys = self.keys(n, i)
-            row += np.bincount(np.concatenate([texts[:0], *(texts[a:b] for a, b in zip(start[keys], start[keys + 1]))]), minlength=len(row))
+            lists = [texts[start[k]:start[k + 1]] for k in self.keys(n, i)]
+            row += np.bincount(np.concatenate([texts[:0], *lists]), minlength=len(row))
         rows[:, i] = 0
         return rows
 
     def scores(self, i):
-        """(exp, none) of text i against every text, each (texts,); against itself 0."""
-        return bleu(self.matches(i), self.lengths[i], self.lengths) if self.lengths[i] else np.zeros((2, len(self.lengths)))
+        """(exp, none) of text i with every text, each (texts,); with itself 0."""
+        length = self.lengths[i]
+        return bleu(self.matches(i, range(1, min(4, length) + 1)), length, self.lengths) if length else np.zeros((2, len(self.lengths)))
 
     def best(self, i):
         """(exp, none): the highest of scores(i), most of which are never computed."""
         length, exp, none = self.lengths[i], 0.0, 0.0
         if length > 1:
-            matches = self.matches(i, 2)
+            matches = self.matches(i, range(2, min(4, length) + 1))
             others = np.flatnonzero(matches[0])
             lengths = self.lengths[others]
             matches = np.vstack([np.minimum(length, lengths), matches[:, others]])
@@ -927,7 +925,6 @@ class BleuIndex:
 
 
 _index = None                                               # the worker processes have it by fork
-
 
 def _best(i):
     return _index.best(i)
@@ -964,7 +961,7 @@ def show_diversity(result):
     (exp, none), bars = result["metrics"].values(), list(zip(*result["histogram"].values()))
     print(f"{exp['n']} distinct queries of {result['user_turns']} user turns; set aside: {result['twins']} exact twins, {result['empty']} empty")
     print(f"BLEU to the most similar other query, mean: {exp['score']:.2f}% with smoothing exp, {none['score']:.2f}% with none (paper: ShareGPT-Mix 8%, Super-NaturalInstructions 61%)")
-    print_table([["BLEU", "exp", "none", ""]] + [[f"{10 * i}-{10 * i + 10}", *pair, f"{'#' * -(-40 * pair[0] // max(bars)[0]):40}"] for i, pair in enumerate(bars)])
+    print_table([["BLEU", "exp", "none", "exp"]] + [[f"{10 * i}-{10 * i + 10}", *pair, f"{'#' * -(-40 * pair[0] // max(bars)[0]):40}"] for i, pair in enumerate(bars)])
 
 
 def too_similar(prompts, examples, limit=20.0):
@@ -972,15 +969,12 @@ def too_similar(prompts, examples, limit=20.0):
 
     The hypothesis is the prompt, the reference the training query, both normalised; smoothing is exp, under which more is similar.
     """
-    owners, near = ({}, {}), (set(), set())
-    for side, mine in zip((prompts, examples), owners):
-        for i, query in ((i, q) for i, queries in enumerate(side) for q in queries):
-            mine.setdefault(normalize_query(query), []).append(i)
-    index, examples_with = BleuIndex([*owners[0], *owners[1]]), list(owners[1].values())
-    for i, mine in enumerate(owners[0].values()):
-        found = np.flatnonzero(index.scores(i)[0][len(owners[0]):] > limit)
-        near[0].update(mine if len(found) else ())
-        near[1].update(j for k in found for j in examples_with[k])
+    sides = [[(i, normalize_query(q)) for i, queries in enumerate(side) for q in queries] for side in (prompts, examples)]
+    index, near = BleuIndex([q for side in sides for _, q in side]), (set(), set())
+    for h, (i, _) in enumerate(sides[0]):
+        found = np.flatnonzero(index.scores(h)[0][len(sides[0]):] > limit)
+        near[0].update([i] * bool(len(found)))
+        near[1].update(sides[1][k][0] for k in found)
     return near
 
 
@@ -995,8 +989,8 @@ def without_held_out(kept, prompts, table, dropped):
 
 
 CODING = re.compile(   # code itself (a fence, statements, closing tags, calls), a language by name, or a wish for code
-    r"```|^[ \t]*(?:def \w+\(|class \w+[:({]|import [\w.]+[ \t]*(?:;|as |$)|from [\w.]+ import |#include|#!/|(?:public|private|static) \w+ \w+|(?:const|let|var) \w+ = |(?:async )?function\*? \w*\(|select .+ from )"
-    r"|[;{][ \t]*\r?\n[ \t]*\S.*[;}{][ \t]*$|</(?!p>|b>|i>|em>)[a-z]\w*>|=>|\w\(\)"
+    r"```|^[ \t]*(?:def \w+\(|class \w+[:({]|import [\w.]+[ \t]*(?:;|as |$)|from [\w.]+ import |#include|#!/|(?:public|private|static) [\w <>\[\]]*(?:\w\(|[{=;][ \t]*$)|(?:const|let|var) \w+ = |(?:async )?function\*? \w*\(|(?-i:SELECT .+ FROM) )"
+    r"|[;{][ \t]*\r?\n[ \t]*\S.*[;}{][ \t]*$|</(?!p>|b>|i>|em>)[a-z]\w*>|=> ?[({]|\w\(\)"
     r"|(?<![.\w])(?:python|javascript|typescript|java|golang|php|sql|html|css|regex|bash|powershell|matlab|vba|django|pytorch|numpy|kubernetes|leetcode|c\+\+|c#|node\.?js|react(?:js| native| component))(?!\w)"
     r"|\b(?:source|following|this|that|my|some|sample|example|write|the|of|in|your) code\b(?! of)|\b(?:pseudo-?code|codebase|debug|refactor|programming language|unit tests?|write an? (?:\w+ )?(?:function|program|algorithm))\b", re.I | re.M)
 
@@ -1011,14 +1005,16 @@ def held_out(prompts, train, n, out, foreign, seed=0):
     if not examples:
         raise UserError(f"{train}: no conversations in it, nothing to hold the prompts against")
     near = too_similar(queries, examples)[0]
-    tests = {"empty": lambda i, text: not text.strip(), "not English": lambda i, text: foreign and foreign(text), "coding": lambda i, text: CODING.search(text), "like a training query": lambda i, text: i in near}
-    reasons = [next((name for name, test in tests.items() if test(i, "\n".join(q))), "kept") for i, q in enumerate(queries)]
-    left = [i for i, reason in enumerate(reasons) if reason == "kept"]
-    for k in np.random.default_rng(seed).permutation(len(left))[n:]:
-        reasons[left[k]] = "not drawn"
-    write_jsonl(out, [r for r, reason in zip(records, reasons) if reason == "kept"])
-    write_jsonl(dropped_path(out), [{"id": r["id"], "reason": reason} for r, reason in zip(records, reasons) if reason != "kept"])
-    return {"in": len(records), **{name: reasons.count(name) for name in (*tests, "not drawn", "kept")}}
+
+    def reason(i, text):
+        return ("empty" if not text.strip() else "not English" if foreign and foreign(text) else "coding" if CODING.search(text) else
+                "like a training query" if i in near else "kept")
+    reasons = [reason(i, "\n".join(q)) for i, q in enumerate(queries)]
+    for i in np.random.default_rng(seed).permutation([i for i, why in enumerate(reasons) if why == "kept"])[n:]:
+        reasons[i] = "not drawn"
+    write_jsonl(out, [r for r, why in zip(records, reasons) if why == "kept"])
+    write_jsonl(dropped_path(out), [{"id": r["id"], "reason": why} for r, why in zip(records, reasons) if why != "kept"])
+    return {"in": len(records), **{why: reasons.count(why) for why in ("empty", "not English", "coding", "like a training query", "not drawn", "kept")}}
 
 
 # --- pack ------------------------------------------------------------------------------------------------------------------
