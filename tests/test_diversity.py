@@ -99,6 +99,17 @@ def test_pruning_loses_nothing_and_leaves_most_texts_unscored(real, monkeypatch)
     assert best == pytest.approx(np.array([[s.max() for s in index.scores(i)] for i in sample]), abs=1e-9)
 
 
+def test_pruning_goes_on_until_neither_smoothing_can_gain():
+    """Decoys whose bounds are the highest: they fill the first rounds, and what beats them comes after."""
+    wordy = ["a b c d e f", *(f"a b x{i} y{i} z{i} w{i}" for i in range(100)), "a b d f"]
+    index = data.BleuIndex(wordy)
+    assert index.best(0) == pytest.approx(brute_force(wordy[:1], wordy[-1:])[:, 0, 0], abs=1e-9) and index.scores(0)[0].argmax() == 101
+    gapped = ["a b c d e f g h i j k l", *(f"a b c x{i} e f g y{i} i j k z{i}" for i in range(100)), "a b c d"]
+    want = brute_force(gapped[:1], gapped[1:])[:, 0, :].max(1)
+    assert want[0] > want[1] + 5 > 5                                        # exp's best matches no 4-gram, none's best is another text
+    assert data.BleuIndex(gapped).best(0) == pytest.approx(want, abs=1e-9)
+
+
 def test_hostile_queries_break_nothing_and_memory_follows_the_tokens():
     texts = ["", " ", "\n", "<skipped>", "word", "Word", "word word", "?!", "." * 5000, "x " * 100_000, " ".join(map(str, range(100_000))), "z" * 1_000_000, "\ud800 \x1b[2J </s>", "0 1 2 3 4 5 6"]
     tracemalloc.start()
@@ -113,21 +124,21 @@ def test_hostile_queries_break_nothing_and_memory_follows_the_tokens():
 
 
 def test_diversity_command_counts_twins_and_turns_apart(tmp_path):
-    file = conversations(tmp_path / "c.jsonl", ["How do I bake bread at home?", "and cake?"], ["HOW do  I bake bread at home?"], ["How do I bake cakes at home?", " "], ["Name three rivers of Asia."])
+    file = conversations(tmp_path / "c.jsonl", ["How do I bake bread at home?", "and cake?"], ["HOW do  I bake bread at home?"], ["How do I bake cakes at home?", " "], ["Name three rivers of Asia."], ["Name three rivers of Asia ."])
     done = program("data.py", "diversity", file, "--out", tmp_path / "all.json", "--workers", "1")
     result = json.loads((tmp_path / "all.json").read_text())
-    assert (result["user_turns"], result["twins"], result["empty"], result["metrics"]["bleu_exp"]["n"]) == (6, 1, 1, 4)
-    queries = ["how do i bake bread at home?", "and cake?", "how do i bake cakes at home?", "name three rivers of asia."]
+    assert (result["user_turns"], result["twins"], result["empty"], result["metrics"]["bleu_exp"]["n"]) == (7, 1, 1, 5)
+    queries = ["how do i bake bread at home?", "and cake?", "how do i bake cakes at home?", "name three rivers of asia.", "name three rivers of asia ."]
     want = highest_by_brute_force(queries)
     for k, name in enumerate(("bleu_exp", "bleu_none")):
         assert result["metrics"][name]["score"] == pytest.approx(want[:, k].mean(), abs=1e-6)
-        assert result["metrics"][name]["stderr"] == pytest.approx(want[:, k].std(ddof=1) / 2, abs=1e-6)
-        assert result["histogram"][name] == np.histogram(want[:, k], 10, (0, 100))[0].tolist()
+        assert result["metrics"][name]["stderr"] == pytest.approx(want[:, k].std(ddof=1) / 5 ** 0.5, abs=1e-6)
+        assert result["histogram"][name] == np.histogram(np.minimum(want[:, k], 100), 10, (0, 100))[0].tolist()
         assert f"{want[:, k].mean():.2f}%" in done.stdout
     assert "8%" in done.stdout and "61%" in done.stdout and done.stdout.count("#") >= 40
     program("data.py", "diversity", file, "--first-turn", "--out", tmp_path / "first.json", "--workers", "1")
     first = json.loads((tmp_path / "first.json").read_text())
-    assert (first["user_turns"], first["twins"], first["empty"], first["metrics"]["bleu_exp"]["n"]) == (4, 1, 0, 3)
+    assert (first["user_turns"], first["twins"], first["empty"], first["metrics"]["bleu_exp"]["n"]) == (5, 1, 0, 4)
 
 
 def test_diversity_does_not_depend_on_the_number_of_processes(tmp_path, real):
