@@ -832,9 +832,9 @@ def print_table(rows, file=None):
 
 def bleu_tokens(text):
     """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
-    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
+    text = text.rstrip()
+    for old, new in (("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(old, new)
     for pattern, spaced in ((r"([{-~[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
         text = re.sub(pattern, spaced, f" {text} ")
     return text.split()

@@ -16,11 +16,12 @@ EXP = sacrebleu.BLEU(smooth_method="exp", effective_order=True)
 
 
 def brute_force(hypotheses, references):
-    """sacrebleu's (exp, none) of each hypothesis with each reference, (2, hypotheses, references)."""
+    """sacrebleu's (exp, none) of each hypothesis with each reference, (2, hypotheses, references); its steps, a reference's n-grams taken once."""
     scores = np.zeros((2, len(hypotheses), len(references)))
-    for (i, h), (j, r) in itertools.product(enumerate(hypotheses), enumerate(references)):
-        s = EXP.sentence_score(h, [r])
-        scores[:, i, j] = s.score, sacrebleu.BLEU.compute_bleu(s.counts, s.totals, s.sys_len, s.ref_len, "none", effective_order=True).score
+    info = [EXP._extract_reference_info([EXP._preprocess_segment(r)]) for r in references]
+    for (i, h), (j, r) in itertools.product(enumerate(map(EXP._preprocess_segment, hypotheses)), enumerate(info)):
+        length, reference_length, *counts = EXP._compute_segment_statistics(h, r)
+        scores[:, i, j] = [EXP.compute_bleu(counts[:4], counts[4:], length, reference_length, smooth, effective_order=True).score for smooth in ("exp", "none")]
     return scores
 
 
@@ -70,6 +71,8 @@ def test_tokens_are_sacrebleus_on_real_text(real):
 ])
 def test_bleu_by_hand(hypothesis, reference, exp, none):
     assert data.BleuIndex([hypothesis, reference]).best(0) == pytest.approx((exp, none), abs=1e-9)
+    for smoothing, want in (("exp", exp), ("none", none)):
+        assert sacrebleu.sentence_bleu(hypothesis, [reference], smooth_method=smoothing).score == pytest.approx(want, abs=1e-9)
     assert brute_force([hypothesis], [reference])[:, 0, 0] == pytest.approx((exp, none), abs=1e-9)
 
 
