@@ -10,6 +10,7 @@ In this file, in the order in which text becomes training data:
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
+    BLEU between queries             an exact index of similar queries: diversity, held-out prompts
     pack                             one memory-mapped stream of tokens; blocks; inspect
     stats                            lengths, and kinds of query
     fetch                            public sets and base models
@@ -896,19 +897,24 @@ def measure(tokenizer):
 KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
 
 
-def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=None, strict=False, workers=None):
+def dropped_path(out):
+    return Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")
+
+
+def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=None, strict=False, held_out=None, workers=None):
     """Write ShareGPT-Mix and `dropped.jsonl` beside it, streaming; return {source: {"in", "kept", "dropped": {reason: n}, "turns", …}}.
 
     `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". With dedup
     `first` a dialogue is dropped whose first query began another, with `all` one whose every query has been met: whole dialogues, and
     within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
+    `held_out`: a file of prompts; dialogues with a query like one of them are dropped (ours).
     """
     from tqdm import tqdm
     table, (unit, length) = {}, measure(tokenizer)
     workers = workers or (os.cpu_count() if sum(os.stat(path).st_size for _, path in sources) > 20 << 20 else 1)      # the language filter is most of the work
     with contextlib.ExitStack() as stack:
         keep = stack.enter_context(atomic(out))
-        drop = stack.enter_context(atomic(Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")))
+        drop = stack.enter_context(atomic(dropped_path(out)))
         _start_mixer(confidence, mentions)
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_mixer, (confidence, mentions, False))) if workers > 1 else None
         for name in dict.fromkeys(name for name, _ in sources):
@@ -916,7 +922,9 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
             records = (record for other, path in sources if other == name for record in read_corpus(path, name, strict))      # the files of a source are one
             dialogues = join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records)
             seen = set()
-            for key, pieces, messages, reason in tqdm(pool.imap(_mix_one, dialogues, 32) if pool else map(_mix_one, dialogues), desc=f"mix {name}", unit=" dialogues", disable=None):
+            mixed = pool.imap(_mix_one, dialogues, 32) if pool else map(_mix_one, dialogues)
+            mixed = without_held_out(mixed, held_out) if held_out else mixed
+            for key, pieces, messages, reason in tqdm(mixed, desc=f"mix {name}", unit=" dialogues", disable=None):
                 row["in"] += pieces
                 row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
                 if not reason and name == "sharegpt" and dedup != "none":
@@ -941,6 +949,193 @@ def print_table(rows, file=None):
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), file=file)
+
+
+# --- BLEU between queries: diversity (§3.1), held-out prompts ------------------------------------------------------------
+
+def bleu_tokens(text):
+    """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
+    text = text.rstrip()
+    for old, new in (("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(old, new)
+    for pattern, spaced in ((r"([{-~[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, spaced, f" {text} ")
+    return text.split()
+
+
+def bleu(matches, length, reference_lengths):
+    """Sentence-BLEU in percent as (exp, none), each (references,), of a hypothesis of `length` tokens, from its clipped matches, (orders, references).
+
+    Up to 4-grams, effective order: min(4, length) rows. Orders that match nothing get 1/2, 1/4, … of a match under exp; with none BLEU is 0.
+    """
+    matched = matches > 0
+    precision = np.where(matched, matches, 0.5 ** np.cumsum(~matched, 0)) / (length - np.arange(len(matches)))[:, None]
+    score = 100 * np.exp(np.minimum(0, 1 - reference_lengths / length) + np.log(precision).mean(0))       # the first term is the brevity penalty
+    return np.where(matched[0], score, 0), np.where(matched[-1], score, 0)
+
+
+class BleuIndex:
+    """Sentence-BLEU of each text (the hypothesis) with each other (the one reference): exact, sacrebleu's figures.
+
+    How it works. The k-th occurrence of an n-gram in a text is a key of its own, so that a clipped match, min(count, count), is a
+    key in common, and a text's matches with all others are a histogram of its keys' posting lists. Orders 2 to 4 have short lists
+    and are counted so. Words have long ones: at first as many as the lengths allow are taken to match, which bounds BLEU from above;
+    they are counted from the highest bound down, while a bound exceeds the best score met. All texts without a pair of words in
+    common are under one bound; where the best is too (short texts), the words of all are counted.
+    It rests on this: more matches never lower BLEU, and an order without matches has none above it. What would break it is the time,
+    not the result: it grows with the square of the texts that share one long passage. Memory: 250 bytes a token while it is built, 32 after.
+    """
+
+    def __init__(self, texts):
+        words = {}
+        tokens = [np.array([words.setdefault(w, len(words)) for w in bleu_tokens(text)], np.int64) for text in texts]
+        self.lengths, tokens = np.array([len(t) for t in tokens], np.int64), np.concatenate([np.zeros(0, np.int64), *tokens])
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(tokens))       # tokens from here to the end of the text
+        self.orders, at, grams = [], np.arange(len(tokens)), tokens
+        for n in range(1, 5):
+            if n > 1:                                      # an n-gram: the (n-1)-gram it begins with, and its last token
+                fits = left[at] >= n
+                at = at[fits]
+                grams = np.unique(grams[fits] * len(words) + tokens[at + n - 1], return_inverse=True)[1]
+            order = np.argsort(grams, kind="stable")       # by n-gram, then by text
+            gram, text, place = grams[order], owner[at[order]], np.arange(len(at))
+            first = (np.diff(gram, prepend=-1) != 0) | (np.diff(text, prepend=-1) != 0)
+            occurrence = place - np.maximum.accumulate(np.where(first, place, 0))
+            _, key, shared = np.unique(gram * (occurrence.max(initial=0) + 1) + occurrence, return_inverse=True, return_counts=True)
+            kept = shared[key] > 1                         # what one text alone has matches nothing
+            key, text = (np.cumsum(shared > 1) - 1)[key[kept]], text[kept]
+            self.orders.append((text[np.argsort(key, kind="stable")].astype(np.int32), np.cumsum([0, *shared[shared > 1]]),
+                                key[np.argsort(text, kind="stable")].astype(np.int32), np.cumsum([0, *np.bincount(text, minlength=len(self.lengths))])))
+
+    def keys(self, n, i):
+        _, _, keys, start = self.orders[n - 1]
+        return keys[start[i]:start[i + 1]]
+
+    def matches(self, i, orders):
+        """Clipped matches of text i with every text, (orders, texts); with itself 0."""
+        rows = np.zeros((len(orders), len(self.lengths)), np.int64)
+        for row, n in zip(rows, orders):
+            texts, start, _, _ = self.orders[n - 1]
+            lists = [texts[start[k]:start[k + 1]] for k in self.keys(n, i)]
+            row += np.bincount(np.concatenate([texts[:0], *lists]), minlength=len(row))
+        rows[:, i] = 0
+        return rows
+
+    def scores(self, i):
+        """(exp, none) of text i with every text, each (texts,); with itself 0."""
+        length = self.lengths[i]
+        return bleu(self.matches(i, range(1, min(4, length) + 1)), length, self.lengths) if length else np.zeros((2, len(self.lengths)))
+
+    def best(self, i):
+        """(exp, none): the highest of scores(i), most of which are never computed."""
+        length, exp, none = self.lengths[i], 0.0, 0.0
+        if length > 1:
+            matches = self.matches(i, range(2, min(4, length) + 1))
+            others = np.flatnonzero(matches[0])
+            lengths = self.lengths[others]
+            matches = np.vstack([np.minimum(length, lengths), matches[:, others]])
+            bound, mine = bleu(matches, length, lengths)[0], np.zeros(len(self.orders[0][1]), bool)
+            mine[self.keys(1, i)] = True
+            while len(open_ := np.flatnonzero((bound > exp) | (bound > none) & (matches[-1] > 0))):
+                top = open_[np.argpartition(-bound[open_], min(32, len(open_) - 1))[:32]]
+                matches[0, top] = [np.count_nonzero(mine[self.keys(1, j)]) for j in others[top]]
+                found = bleu(matches[:, top], length, lengths[top])
+                exp, none, bound[top] = max(exp, found[0].max()), max(none, found[1].max()), -1
+        if length and exp < bleu(np.array([[length], [0], [0], [0]])[:length], length, length)[0]:
+            exp, none = (s.max() for s in self.scores(i))
+        return float(exp), float(none)
+
+
+_index = None                                               # the worker processes have it by fork
+
+def _best(i):
+    return _index.best(i)
+
+
+def queries_of(messages):
+    return [m["content"] for m in messages if m["role"] == "user"]
+
+
+def diversity(path, first_turn=False, workers=None):
+    """§3.1's measure of a data set, as results.json's content: BLEU, in percent, of each user query to the most similar other, averaged.
+
+    Not stated in the paper: the variant of BLEU, and what a query is. Ours: the distinct normalised user turns, or first turns;
+    their exact twins are only counted.
+    """
+    global _index
+    turns = [normalize_query(q) for n, record in numbered_jsonl(path) for q in queries_of(check_messages(record, f"{path}:{n}"))[:1 if first_turn else None]]
+    queries = list(dict.fromkeys(filter(None, turns)))
+    if len(queries) < 2:
+        raise UserError(f"{path}: fewer than two distinct user queries, nothing to compare")
+    _index = BleuIndex(queries)
+    from tqdm import tqdm
+    with multiprocessing.get_context("fork").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        best = tqdm(pool.imap(_best, range(len(queries)), chunksize=32), total=len(queries), desc="diversity", unit=" queries", disable=None)
+        scores = dict(zip(("bleu_exp", "bleu_none"), np.array(list(best)).T))
+    return {"task": "diversity", "model": Path(path).stem,
+            "metrics": {k: {"score": float(s.mean()), "stderr": float(s.std(ddof=1) / len(s) ** 0.5), "n": len(s)} for k, s in scores.items()},
+            "settings": {"source_hash": file_hash(path), "first_turn": first_turn, "order": 4, "tokenization": "13a", "effective_order": True},
+            "user_turns": len(turns), "empty": turns.count(""), "twins": len(turns) - turns.count("") - len(queries),
+            "histogram": {k: np.bincount(np.minimum(s // 10, 9).astype(int), minlength=10).tolist() for k, s in scores.items()}}
+
+
+def show_diversity(result):
+    (exp, none), bars = result["metrics"].values(), list(zip(*result["histogram"].values()))
+    print(f"{exp['n']} distinct queries of {result['user_turns']} user turns; set aside: {result['twins']} exact twins, {result['empty']} empty")
+    print(f"BLEU to the most similar other query, mean: {exp['score']:.2f}% with smoothing exp, {none['score']:.2f}% with none (paper: ShareGPT-Mix 8%, Super-NaturalInstructions 61%)")
+    print_table([["BLEU", "exp", "none", "exp"]] + [[f"{10 * i}-{10 * i + 10}", *pair, f"{'#' * -(-40 * pair[0] // max(bars)[0]):40}"] for i, pair in enumerate(bars)])
+
+
+def too_similar(prompts, examples, limit=20.0):
+    """(indices of prompts, indices of examples) with BLEU > `limit` percent to one of the other side; both are lists of lists of queries.
+
+    The hypothesis is the prompt, the reference the training query, both normalised; smoothing is exp, under which more is similar.
+    """
+    sides = [[(i, normalize_query(q)) for i, queries in enumerate(side) for q in queries] for side in (prompts, examples)]
+    index, near = BleuIndex([q for side in sides for _, q in side]), (set(), set())
+    for h, (i, _) in enumerate(sides[0]):
+        found = np.flatnonzero(index.scores(h)[0][len(sides[0]):] > limit)
+        near[0].update([i] * bool(len(found)))
+        near[1].update(sides[1][k][0] for k in found)
+    return near
+
+
+def without_held_out(mixed, prompts):
+    """Pass (id, pieces, messages, reason) on, with a reason where a query is too similar to a prompt of the file `prompts`."""
+    prompts, mixed = [queries_of(p["messages"]) for p in read_prompts(prompts)], iter(mixed)
+    while batch := list(itertools.islice(mixed, 5000)):
+        near = too_similar(prompts, [[] if reason else queries_of(messages) for _, _, messages, reason in batch])[1]
+        yield from ((key, pieces, messages, "like a held-out prompt" if i in near else reason) for i, (key, pieces, messages, reason) in enumerate(batch))
+
+
+CODING = re.compile(   # code itself (a fence, statements, closing tags, calls), a language by name, or a wish for code
+    r"```|^[ \t]*(?:def \w+\(|class \w+[:({]|import [\w.]+[ \t]*(?:;|as |$)|from [\w.]+ import |#include|#!/|(?:public|private|static) [\w <>\[\]]*(?:\w\(|[{=;][ \t]*$)|(?:const|let|var) \w+ = |(?:async )?function\*? \w*\(|(?-i:SELECT .+ FROM) )"
+    r"|[;{][ \t]*\r?\n[ \t]*\S.*[;}{][ \t]*$|</(?!p>|b>|i>|em>)[a-z]\w*>|=> ?[({]|\w\(\)"
+    r"|(?<![.\w])(?:python|javascript|typescript|java|golang|php|sql|html|css|regex|bash|powershell|matlab|vba|django|pytorch|numpy|kubernetes|leetcode|c\+\+|c#|node\.?js|react(?:js| native| component))(?!\w)"
+    r"|\b(?:source|following|this|that|my|some|sample|example|write|the|of|in|your) code\b(?! of)|\b(?:pseudo-?code|codebase|debug|refactor|programming language|unit tests?|write an? (?:\w+ )?(?:function|program|algorithm))\b", re.I | re.M)
+
+
+def held_out(prompts, train, n, out, foreign, seed=0):
+    """The prompts of the human evaluation: empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
+
+    Writes them in the order of the file, as conversations, and `dropped.jsonl` beside them. Not stated in the paper: how coding was told.
+    """
+    records = read_prompts(prompts)
+    queries, examples = [queries_of(r["messages"]) for r in records], [queries_of(check_messages(r, f"{train}:{number}")) for number, r in numbered_jsonl(train)]
+    if not examples:
+        raise UserError(f"{train}: no conversations in it, nothing to hold the prompts against")
+    near = too_similar(queries, examples)[0]
+
+    def reason(i, text):
+        return ("empty" if not text.strip() else "not English" if foreign and foreign(text) else "coding" if CODING.search(text) else
+                "like a training query" if i in near else "kept")
+    reasons = [reason(i, "\n".join(q)) for i, q in enumerate(queries)]
+    for i in np.random.default_rng(seed).permutation([i for i, why in enumerate(reasons) if why == "kept"])[n:]:
+        reasons[i] = "not drawn"
+    write_jsonl(out, [r for r, why in zip(records, reasons) if why == "kept"])
+    write_jsonl(dropped_path(out), [{"id": r["id"], "reason": why} for r, why in zip(records, reasons) if why != "kept"])
+    return {"in": len(records), **{why: reasons.count(why) for why in ("empty", "not English", "coding", "like a training query", "not drawn", "kept")}}
 
 
 # --- pack ------------------------------------------------------------------------------------------------------------------
@@ -1269,6 +1464,22 @@ def main():
     p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
     p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
     p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
+    p.add_argument("--held-out", metavar="FILE", help="drop dialogues with a query to which one of these prompts has BLEU > 20%%; not the paper's way, which is `heldout`")
+
+    p = commands.add_parser("diversity", help="BLEU of each user query to its most similar other, averaged", example="python data.py diversity mix.jsonl --first-turn --out diversity.json")
+    p.add_argument("file", help="conversations or prompts, JSON lines")
+    p.add_argument("--first-turn", action="store_true", help="the first query of each conversation only")
+    p.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    p.add_argument("--workers", type=positive, help="processes; None is one per core")
+
+    p = commands.add_parser("heldout", help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
+    p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or messages, JSON lines")
+    p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped")
+    p.add_argument("--n", type=positive, default=255, help="prompts to keep")
+    p.add_argument("--out", required=True, metavar="FILE", help="FILE.dropped.jsonl is written beside it")
+    p.add_argument("--seed", type=natural, default=0, help="of the draw")
+    p.add_argument("--any-language", action="store_true", help="keep prompts that are not English")
+    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a prompt when another language is this probable; not stated in the paper")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
@@ -1302,13 +1513,23 @@ def main():
             parser.error("mix needs at least one of --" + ", --".join(SOURCES))
         words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
         table = mix(sources, args.out, None if args.any_language else args.language_confidence, args.dedup,
-                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict)
+                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict, args.held_out)
         if len(table) > 1:
             rows = list(table.values())
             table["all"] = {k: sum((row[k] for row in rows), collections.Counter() if k == "dropped" else 0) for k in rows[0]}
         reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
         columns = [c for c in next(iter(table.values())) if c != "dropped"]
         print_table([["source", *columns[:2], *reasons, *columns[2:]]] + [[name, *(row[c] for c in columns[:2]), *(row["dropped"][r] for r in reasons), *(row[c] for c in columns[2:])] for name, row in table.items()])
+    elif args.command == "diversity":
+        result = diversity(args.file, args.first_turn, args.workers)
+        show_diversity(result)
+        if args.out:
+            write_json(args.out, result)
+    elif args.command == "heldout":
+        row = held_out(args.prompts, args.train, args.n, args.out, None if args.any_language else language_filter(args.language_confidence), args.seed)
+        print_table([["prompts", *row], [Path(args.prompts).name, *row.values()]])
+        if row["kept"] < args.n:
+            print(f"{args.out}: only {row['kept']} prompts are left of the {args.n} asked for", file=sys.stderr)
     elif args.command == "pack":
         meta = pack(args.file, args.tokenizer, args.template, args.out, args.seed, args.workers)
         print(f"{args.out}: {meta['conversations']} conversations, {meta['tokens']} tokens, {meta['loss_tokens']} with loss, "
