@@ -6,7 +6,7 @@
 
 In this file, in the order in which text becomes training data:
     errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
-    tokenizers                       text <-> ids; special tokens are never parsed out of text
+    tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
@@ -17,7 +17,9 @@ import contextlib
 import csv
 import errno
 import fcntl
+import functools
 import hashlib
+import heapq
 import html
 import html.parser
 import itertools
@@ -329,13 +331,45 @@ def dying_with_parent():
 SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
 
 
-class SentencePieceTokenizer:
-    """LLaMA's tokenizer: SentencePiece BPE with byte fallback; tokens added to the vocabulary follow its own pieces.
+class Tokenizer:
+    """What the three kinds share: `n_base` ids of their own, `bos`, `eos`, and `added`, {name: id} of the tokens that templates add.
 
-    encode() treats its argument as ordinary text: neither the control pieces (`</s>`) nor the added tokens are ever parsed
-    out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+    encode() treats its argument as ordinary text: neither control tokens (`</s>`, `<|endoftext|>`) nor the added ones are ever
+    parsed out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
     """
-    files = ("tokenizer.model",)
+    silent = frozenset()                                   # ids without text, beside bos, eos and the added ones
+
+    def add(self, names):
+        for name in names:
+            self.added.setdefault(name, self.vocab_size)
+        return self
+
+    @property
+    def vocab_size(self):
+        return 1 + max([self.n_base - 1, *self.added.values()])
+
+    @property
+    def hash(self):
+        return digest(self.base_hash, self.added)
+
+    def decode(self, ids):
+        """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
+        text, run_, silent = [], [], {self.bos, self.eos, *self.added.values(), *self.silent}
+        for i in (*ids, self.eos):
+            if i < self.n_base and i not in silent:
+                run_.append(int(i))
+            elif run_:
+                text.append(self.decode_run(run_))
+                run_ = []
+        return "".join(text)
+
+
+def well_formed(text):
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """LLaMA's tokenizer: SentencePiece BPE with byte fallback; tokens added to the vocabulary follow its own pieces."""
 
     def __init__(self, folder):
         import sentencepiece
@@ -351,41 +385,19 @@ class SentencePieceTokenizer:
         if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
             raise UserError(f"{added}: ids of added tokens must follow the {self.n_base} pieces of tokenizer.model")
 
-    def add(self, names):
-        for name in names:
-            self.added.setdefault(name, self.n_base + len(self.added))
-        return self
-
-    @property
-    def vocab_size(self):
-        return self.n_base + len(self.added)
-
     @property
     def base_hash(self):
         """Of the vocabulary without added tokens: says whether a checkpoint and packed data speak the same ids."""
-        return digest(*(file_hash(self.folder / name) for name in self.files))
-
-    @property
-    def hash(self):
-        return digest(self.base_hash, self.added)
+        return digest(file_hash(self.folder / "tokenizer.model"))
 
     def encode(self, text):
-        return self.sp.encode(re.sub("[\ud800-\udfff]", "\ufffd", text))
+        return self.sp.encode(well_formed(text))
 
-    def decode(self, ids):
-        """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
-        text, run_ = [], []
-        for i in (*ids, self.eos):
-            if i < self.n_base and i not in (self.bos, self.eos):
-                run_.append(int(i))
-            elif run_:
-                text.append(self.sp.decode(run_))
-                run_ = []
-        return "".join(text)
+    def decode_run(self, ids):
+        return self.sp.decode(ids)
 
     def save(self, folder):
-        for name in self.files:
-            shutil.copyfile(self.folder / name, Path(folder) / name)
+        shutil.copyfile(self.folder / "tokenizer.model", Path(folder) / "tokenizer.model")
         write_json(Path(folder) / "added_tokens.json", self.added)
 
     def export(self, folder, template):
@@ -458,16 +470,202 @@ def tokenizer_json(sp, added):
                       "ignore_merges": False, "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
 
 
+class JSONTokenizer(Tokenizer):
+    """A tokenizer.json (LLaMA 3, SmolLM2) through the `tokenizers` package.
+
+    The package parses every added token out of text. Here only those that are white space (GPT-NeoX's runs of spaces, trained
+    as ordinary pieces) still are; the others count as special, and special tokens as text.
+    """
+
+    def __init__(self, folder, spec):
+        self.folder, self.spec = folder, spec
+        names = {**spec["model"]["vocab"], **{t["content"]: t["id"] for t in spec["added_tokens"]}}
+        self.added = {t["content"]: t["id"] for t in spec["added_tokens"] if t["content"] in SPECIAL["tokens"]}
+        self.silent = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
+        if len(set(names.values())) < len(names) or not all(isinstance(i, int) and i >= 0 for i in names.values()):
+            raise ValueError("ids must be whole numbers, each of one token")
+        self.n_base = 1 + max(i for name, i in names.items() if name not in self.added)
+        self.read_config(names)
+        self.build(spec)
+
+    def read_config(self, names):
+        """bos and eos as the files of the checkpoint state them, by name or else by id; where none does, GPT-2's token. What else goes along in tokenizer_config.json."""
+        files = {name: read_json(self.folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (self.folder / name).is_file()}
+        by_id, ends = {i: name for name, i in names.items()}, {}
+        for end in ("bos", "eos"):
+            for d in files.values():
+                name, i = d.get(f"{end}_token"), d.get(f"{end}_token_id")
+                name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
+                ends.setdefault(end, name if name in names else by_id[i]) if name in names or i in by_id else None
+        eos = ends.get("eos", "<|endoftext|>")
+        if eos not in names:
+            raise UserError(f"{self.folder}: no file says which token ends a text; put {{\"eos_token\": \"…\"}} into {self.folder}/tokenizer_config.json")
+        bos = ends.get("bos", eos)
+        self.bos, self.eos = names[bos], names[eos]
+        own = files.get("tokenizer_config.json", {})
+        if (self.folder / "chat_template.jinja").is_file():
+            own["chat_template"] = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False,
+                       "model_input_names": ["input_ids", "attention_mask"], **{k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}}
+
+    def build(self, spec):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{self.folder}/tokenizer.json is read through the tokenizers package: pip install tokenizers")
+        text = json.dumps({**spec, "truncation": None, "padding": None, "added_tokens": [{**t, "special": t["special"] or not t["content"].isspace()} for t in spec["added_tokens"]]})
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as e:                             # the package raises nothing narrower
+            raise UserError(f"{self.folder}/tokenizer.json: not a tokenizer ({e})")
+        self.tokenizer.encode_special_tokens = True        # as text
+
+    @functools.cached_property
+    def base_hash(self):
+        return digest(*(self.spec["model"][k] for k in ("vocab", "merges")), *(self.spec.get(k) for k in ("normalizer", "pre_tokenizer")))
+
+    def encode(self, text):
+        ids = self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+        if not self.silent.isdisjoint(ids):
+            raise UserError(f"{self.folder}/tokenizer.json reads a special token out of plain text; such a tokenizer is not supported")
+        return ids
+
+    def decode_run(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def export(self, folder, template=None):
+        """Write tokenizer.json with the added tokens in it, and a tokenizer_config.json with the chat template: what transformers, vLLM and llama.cpp's converter read."""
+        known = {t["content"] for t in self.spec["added_tokens"]}
+        tokens = self.spec["added_tokens"] + [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in self.added.items() if name not in known]
+        write_json(Path(folder) / "tokenizer.json", {**self.spec, "added_tokens": tokens})
+        write_json(Path(folder) / "tokenizer_config.json", {
+            **self.config, "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens}, **({"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {})})
+
+    save = export
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@functools.cache
+def gpt2_words(last=0x10FFFF):
+    """GPT-2's pre-tokenizer, 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, for text of code points up to `last`.
+
+    Letters and numbers are Python's: a character younger than its Unicode is neither. White space is Unicode's: re's \s has U+001C to U+001F too.
+    """
+    categories = "".join(map(unicodedata.category, map(chr, range(last + 1))))                       # two letters each
+    letters, numbers = ("".join(f"\\U{m.start() // 2:08x}-\\U{m.end() // 2 - 1:08x}" for m in re.finditer(f"(?:{kind}.)+", categories)) for kind in "LN")
+    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(f"'(?:[stmd]|re|ve|ll)| ?[{letters}]+| ?[{numbers}]+| ?[^{space}{letters}{numbers}]+|[{space}]+(?![^{space}])|[{space}]+").findall
+
+
+class GPT2Tokenizer(JSONTokenizer):
+    """GPT-2's byte-level BPE by hand: words are cut off by a pattern, each word's bytes merged pair by pair, lowest rank first."""
+
+    def build(self, spec):
+        vocab, shown = spec["model"]["vocab"], {*range(33, 127), *range(161, 173), *range(174, 256)}
+        others = itertools.count(256)
+        symbols = [chr(b if b in shown else next(others)) for b in range(256)]       # how the files spell a byte
+        if missing := [b for b, symbol in enumerate(symbols) if symbol not in vocab]:
+            raise UserError(f"{self.folder}: the vocabulary has no token for byte {missing[0]} ({symbols[missing[0]]!r})")
+        self.start, byte_of = [vocab[symbol] for symbol in symbols], {symbol: b for b, symbol in enumerate(symbols)}
+        for number, (a, b) in enumerate(spec["model"]["merges"], 1):
+            if unknown := [s for s in (a, b, a + b) if s not in vocab]:
+                raise UserError(f"{self.folder}: merge {number}, {a} {b}: {unknown[0]!r} is not in the vocabulary")
+        self.rules = [(vocab[a], vocab[b], vocab[a + b]) for a, b in spec["model"]["merges"]]
+        unmade = vocab.keys() - {a + b for a, b in spec["model"]["merges"]} - byte_of.keys()
+        if unmade := sorted(t for t in unmade if not re.fullmatch(r"<.*>|\[.*\]", t)):           # those are special tokens
+            raise UserError(f"{self.folder}: no merge makes {len(unmade)} tokens of the vocabulary ({unmade[0]!r}, …); a file is cut off, or the two do not belong together")
+        self.ranks = {(a, b): rank for rank, (a, b, _) in enumerate(self.rules)}
+        self.bytes = {i: bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode() for token, i in vocab.items()}
+        self.words = _Words(self.merge)
+
+    def merge(self, word):
+        """Ids of a word. The leftmost pair of lowest rank is merged until none is left; a heap over linked neighbours, so that a megabyte without a space takes n log n."""
+        ids, get = [*map(self.start.__getitem__, word.encode()), None], self.ranks.get              # None ends the word on either side: ids[-1]
+        n = len(ids)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        heap = [rank * n + i for i, rank in enumerate(map(get, zip(ids, ids[1:]))) if rank is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = divmod(heapq.heappop(heap), n)
+            a, b, new = self.rules[rank]
+            j = right[i]
+            if ids[i] != a or ids[j] != b:                 # one of the two is merged meanwhile
+                continue
+            ids[i], ids[j], right[i] = new, None, right[j]
+            h, k = left[i], right[i]
+            left[k] = i
+            for at, pair in ((h, (ids[h], new)), (i, (new, ids[k]))):
+                if (rank := get(pair)) is not None:
+                    heapq.heappush(heap, rank * n + at)
+        return tuple(i for i in ids if i is not None)
+
+    def encode(self, text):
+        text = well_formed(text)
+        words = gpt2_words() if not text.isascii() and re.search("[\U00010000-\U0010ffff]", text) else gpt2_words(0xFFFF)       # classes beyond 16 bits make re slow
+        return list(itertools.chain.from_iterable(map(self.words.__getitem__, words(text))))
+
+    def decode_run(self, ids):
+        return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+
+
+class _Words(dict):
+    """word -> ids, computed where it is missing; emptied at half a million words, so that memory stays bounded."""
+
+    def __init__(self, merge):
+        self.merge = merge
+
+    def __missing__(self, word):
+        ids = self.merge(word)
+        if len(self) >= 1 << 19:
+            self.clear()
+        if len(word) <= 64:
+            self[word] = ids
+        return ids
+
+
+TOKENIZER_FILES = ("tokenizer.model",), ("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
+
+
+def tokenizer_files(folder):
+    """The files of a tokenizer that lie in `folder`, the first kind found; () where there are none."""
+    return next((names for names in TOKENIZER_FILES if all((Path(folder) / name).is_file() for name in names)), ())
+
+
 def load_tokenizer(folder):
-    """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or given by name)."""
+    """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or of one of them given by name)."""
     folder = Path(folder)
-    if folder.name == "tokenizer.model":
-        folder = folder.parent
+    folder = folder.parent if folder.is_file() else folder
+    kinds = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such tokenizer folder; give one that holds tokenizer.model")
-    if (folder / "tokenizer.model").is_file():
+        raise UserError(f"{folder}: no such tokenizer folder; give one that holds {kinds}")
+    files = tokenizer_files(folder)
+    if not files:
+        raise UserError(f"{folder}: no tokenizer in it; expected {kinds}")
+    if files == ("tokenizer.model",):
         return SentencePieceTokenizer(folder)
-    raise UserError(f"{folder}: no tokenizer.model in it")
+    spec = read_json(folder / files[0])
+    try:
+        if len(files) == 2:
+            merges = [line.split(" ") for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
+            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: spec[name] for name in ("<|endoftext|>",) if name in spec} | added).items()]
+            spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
+                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": spec, "merges": merges}}
+        model, cut_ = spec["model"], spec.get("pre_tokenizer") or {}
+        if model.get("type", "BPE") != "BPE":
+            raise UserError(f"{folder}/tokenizer.json: a tokenizer of type {model['type']!r}; only BPE is read")
+        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if any(len(m) != 2 for m in model["merges"]):
+            raise UserError(f"{folder / files[-1]}: merge {next(n for n, m in enumerate(model['merges'], 1) if len(m) != 2)} is not two symbols")
+        by_hand = cut_.get("type") == "ByteLevel" and not cut_.get("add_prefix_space", True) and cut_.get("use_regex", True) and not spec.get("normalizer") and not any(
+            model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"))
+        if by_hand:
+            spec["pre_tokenizer"] = BYTE_LEVEL             # one spelling, so that GPT-2's tokenizer has one hash
+        return (GPT2Tokenizer if by_hand else JSONTokenizer)(folder, spec)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder / files[0]}: not the vocabulary of a tokenizer ({type(e).__name__}: {e})")
 
 
 def continuation(tokenizer, prompt, new):
@@ -987,7 +1185,7 @@ def main():
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
-    p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
+    p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model, tokenizer.json, or GPT-2's encoder.json and vocab.bpe")
     p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, real, run, same_settings,
+from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, real, run, same_settings, tokenizer_files,
                   write_json)
 from model import (PRESETS, Safetensors, Transformer, add_device_flags, config_from_hf, empty_model, is_meta, load_weights, n_parameters, open_weights, pick_attention, pick_device, pick_dtype,
                    published_names, read_config, save_checkpoint, write_safetensors)
@@ -290,10 +290,11 @@ def build(args, blocks, device):
         config = config_from_hf({**read_json(args.init), "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}, args.init)
         return Transformer(config, compute, path).initialize(args.seed).to(device), tokenizer, torch.float32
     config, _ = read_config(args.base)
-    if (Path(args.base) / "tokenizer.model").is_file() and load_tokenizer(args.base).base_hash != tokenizer.base_hash:
+    base = load_tokenizer(args.base) if tokenizer_files(args.base) else None
+    if base and base.base_hash != tokenizer.base_hash:
         raise UserError(f"{where} was packed with another tokenizer than {args.base} has; pack it again with --tokenizer {args.base}")
-    if (Path(args.base) / "tokenizer.model").is_file():
-        lost = [n for n, i in load_tokenizer(args.base).added.items() if tokenizer.added.get(n) != i]
+    if base:
+        lost = [n for n, i in base.added.items() if tokenizer.added.get(n) != i]
         if lost:
             raise UserError(f"{where} was packed without {', '.join(lost)}, tokens that {args.base} has added to its vocabulary; pack it again with --tokenizer {args.base}")
     if tokenizer.n_base > config.vocab_size:
