@@ -352,6 +352,9 @@ class Tokenizer:
     def hash(self):
         return digest(self.base_hash, self.added)
 
+    def encode(self, text):
+        return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
+
     def decode(self, ids):
         """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
         text, run_, silent = [], [], {self.bos, self.eos, *self.added.values(), *self.silent}
@@ -359,13 +362,25 @@ class Tokenizer:
             if i < self.n_base and i not in silent:
                 run_.append(int(i))
             elif run_:
-                text.append(self.decode_run(run_))
+                text.append(self._decode(run_))
                 run_ = []
         return "".join(text)
 
 
-def well_formed(text):
-    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+class Words(dict):
+    """word -> its ids, from `encode` where it is missing; emptied at half a million words and without long ones, so that memory stays bounded."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __missing__(self, word):
+        if len(self) >= 1 << 19:
+            self.clear()
+        ids = self.encode(word)
+        return self.setdefault(word, ids) if len(word) <= 64 else ids
+
+    def ids(self, words):
+        return list(itertools.chain.from_iterable(map(self.__getitem__, words)))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -384,16 +399,20 @@ class SentencePieceTokenizer(Tokenizer):
         self.added = read_json(added) if added.is_file() else {}
         if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
             raise UserError(f"{added}: ids of added tokens must follow the {self.n_base} pieces of tokenizer.model")
+        by_words = not sentencepiece_oddity(self.sp)[0] and not any(re.search("[^▁]▁", self.sp.id_to_piece(i)) for i in range(self.n_base))
+        self.words = Words(lambda word: self.sp.encode(word[1:]) or [self.sp.piece_to_id("▁")]) if by_words else None       # encode() puts the space back
 
     @property
     def base_hash(self):
         """Of the vocabulary without added tokens: says whether a checkpoint and packed data speak the same ids."""
         return digest(file_hash(self.folder / "tokenizer.model"))
 
-    def encode(self, text):
-        return self.sp.encode(well_formed(text))
+    def _encode(self, text):
+        if self.words is None or not text or "▁" in text:
+            return self.sp.encode(text)
+        return self.words.ids(re.findall(" *[^ ]+| +", " " + text))      # no piece reaches into the next word, so no merge does
 
-    def decode_run(self, ids):
+    def _decode(self, ids):
         return self.sp.decode(ids)
 
     def save(self, folder):
@@ -433,24 +452,31 @@ def _protobuf_fields(message):
         yield number, bytes(itertools.islice(rest, size)) if wire else size
 
 
+def sentencepiece_oddity(sp):
+    """(what sets a SentencePieceProcessor apart from LLaMA's kind or None, the types of its pieces)."""
+    message = list(_protobuf_fields(sp.serialized_model_proto()))
+    trainer, normal, denormal = (dict(_protobuf_fields(dict(message).get(number, b""))) for number in (2, 3, 5))
+    types = [dict(_protobuf_fields(value)).get(3, 1) for number, value in message if number == 1]
+    return next((why for wrong, why in (
+        (trainer.get(3, 1) != 2, "the model is not BPE"),
+        (normal.get(2) or denormal.get(2), "it normalises text"),
+        (not normal.get(3, 1) or trainer.get(24), "it has no dummy prefix"),
+        (normal.get(4, 1), "it removes extra white space"),
+        (not normal.get(5, 1), "it does not escape white space"),
+        (set(types) - {1, 2, 3, 6}, "it has user-defined or unused pieces")) if wrong), None), types
+
+
 def tokenizer_json(sp, added):
     """The tokenizer.json that gives a BPE SentencePieceProcessor's ids, with {text: id} tokens added behind its vocabulary.
 
     ValueError names what such a file cannot express. Each text between special tokens gets the dummy prefix, as encode() gives it.
     """
-    message = list(_protobuf_fields(sp.serialized_model_proto()))
-    trainer, normal, denormal = (dict(_protobuf_fields(dict(message).get(number, b""))) for number in (2, 3, 5))
-    types = [dict(_protobuf_fields(value)).get(3, 1) for number, value in message if number == 1]
+    oddity, types = sentencepiece_oddity(sp)
     pieces = [sp.id_to_piece(i) for i in range(len(types))]
     scores = {piece: sp.get_score(i) for i, (piece, kind) in enumerate(zip(pieces, types)) if kind == 1}
     ranked = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
     for wrong, why in (
-            (trainer.get(3, 1) != 2, "the model is not BPE"),
-            (normal.get(2) or denormal.get(2), "it normalises text"),
-            (not normal.get(3, 1) or trainer.get(24), "it has no dummy prefix"),
-            (normal.get(4, 1), "it removes extra white space"),
-            (not normal.get(5, 1), "it does not escape white space"),
-            (set(types) - {1, 2, 3, 6}, "it has user-defined or unused pieces"),
+            (oddity, oddity),
             ({p for p, t in zip(pieces, types) if t == 6} != {f"<0x{b:02X}>" for b in range(256)}, "it has no byte fallback"),
             (not set("".join(scores)) <= scores.keys(), "a piece has a character that is no piece"),         # sentencepiece merges those too, a BPE over a vocabulary cannot
             (any(a == b and len(set(p + q)) > 1 for (a, p), (b, q) in zip(ranked, ranked[1:])), "two scores are equal")):     # it merges the leftmost of equals
@@ -478,44 +504,41 @@ class JSONTokenizer(Tokenizer):
     """
 
     def __init__(self, folder, spec):
-        self.folder, self.spec = folder, spec
-        names = {**spec["model"]["vocab"], **{t["content"]: t["id"] for t in spec["added_tokens"]}}
-        self.added = {t["content"]: t["id"] for t in spec["added_tokens"] if t["content"] in SPECIAL["tokens"]}
-        self.silent = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
+        self.folder, self.spec, listed = folder, spec, spec["added_tokens"]
+        names = {**spec["model"]["vocab"], **{t["content"]: t["id"] for t in listed}}
         if len(set(names.values())) < len(names) or not all(isinstance(i, int) and i >= 0 for i in names.values()):
             raise ValueError("ids must be whole numbers, each of one token")
+        self.added = {t["content"]: t["id"] for t in listed if t["content"] in SPECIAL["tokens"]}
+        self.silent = frozenset(t["id"] for t in listed if t["special"])
         self.n_base = 1 + max(i for name, i in names.items() if name not in self.added)
-        self.read_config(names)
-        self.build(spec)
-
-    def read_config(self, names):
-        """bos and eos as the files of the checkpoint state them, by name or else by id; where none does, GPT-2's token. What else goes along in tokenizer_config.json."""
-        files = {name: read_json(self.folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (self.folder / name).is_file()}
+        files = {name: read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (folder / name).is_file()}
         by_id, ends = {i: name for name, i in names.items()}, {}
-        for end in ("bos", "eos"):
-            for d in files.values():
-                name, i = d.get(f"{end}_token"), d.get(f"{end}_token_id")
+        for d in files.values():                           # they name bos and eos, or give their ids
+            for end in ("bos_token", "eos_token"):
+                name, i = d.get(end), d.get(f"{end}_id")
                 name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
-                ends.setdefault(end, name if name in names else by_id[i]) if name in names or i in by_id else None
-        eos = ends.get("eos", "<|endoftext|>")
-        if eos not in names:
-            raise UserError(f"{self.folder}: no file says which token ends a text; put {{\"eos_token\": \"…\"}} into {self.folder}/tokenizer_config.json")
-        bos = ends.get("bos", eos)
-        self.bos, self.eos = names[bos], names[eos]
+                if found := name if name in names else by_id.get(i):
+                    ends.setdefault(end, found)
+        ends.setdefault("eos_token", "<|endoftext|>")      # GPT-2's files do not say
+        ends.setdefault("bos_token", ends["eos_token"])
+        if ends["eos_token"] not in names:
+            raise UserError(f"{folder}: no file says which token ends a text; put {{\"eos_token\": \"…\"}} into {folder}/tokenizer_config.json")
+        self.bos, self.eos = names[ends["bos_token"]], names[ends["eos_token"]]
         own = files.get("tokenizer_config.json", {})
-        if (self.folder / "chat_template.jinja").is_file():
-            own["chat_template"] = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False,
-                       "model_input_names": ["input_ids", "attention_mask"], **{k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}}
+        if (folder / "chat_template.jinja").is_file():
+            own["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+                       **{k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}}
+        self.build(spec)
 
     def build(self, spec):
         try:
             import tokenizers
         except ImportError:
             raise UserError(f"{self.folder}/tokenizer.json is read through the tokenizers package: pip install tokenizers")
-        text = json.dumps({**spec, "truncation": None, "padding": None, "added_tokens": [{**t, "special": t["special"] or not t["content"].isspace()} for t in spec["added_tokens"]]})
+        tokens = [{**t, "special": t["special"] or not t["content"].isspace()} for t in spec["added_tokens"]]
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None, "added_tokens": tokens}))
         except Exception as e:                             # the package raises nothing narrower
             raise UserError(f"{self.folder}/tokenizer.json: not a tokenizer ({e})")
         self.tokenizer.encode_special_tokens = True        # as text
@@ -524,13 +547,13 @@ class JSONTokenizer(Tokenizer):
     def base_hash(self):
         return digest(*(self.spec["model"][k] for k in ("vocab", "merges")), *(self.spec.get(k) for k in ("normalizer", "pre_tokenizer")))
 
-    def encode(self, text):
-        ids = self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+    def _encode(self, text):
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if not self.silent.isdisjoint(ids):
             raise UserError(f"{self.folder}/tokenizer.json reads a special token out of plain text; such a tokenizer is not supported")
         return ids
 
-    def decode_run(self, ids):
+    def _decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def export(self, folder, template=None):
@@ -544,14 +567,11 @@ class JSONTokenizer(Tokenizer):
     save = export
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-
 @functools.cache
-def gpt2_words(last=0x10FFFF):
-    """GPT-2's pre-tokenizer, 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, for text of code points up to `last`.
+def gpt2_words(last):
+    """The function that cuts text of code points up to `last` into GPT-2's words: 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
-    Letters and numbers are Python's: a character younger than its Unicode is neither. White space is Unicode's: re's \s has U+001C to U+001F too.
+    Letters and numbers are Python's: a character younger than its Unicode is neither. White space is Unicode's: re's \\s has U+001C to U+001F too.
     """
     categories = "".join(map(unicodedata.category, map(chr, range(last + 1))))                       # two letters each
     letters, numbers = ("".join(f"\\U{m.start() // 2:08x}-\\U{m.end() // 2 - 1:08x}" for m in re.finditer(f"(?:{kind}.)+", categories)) for kind in "LN")
@@ -560,25 +580,23 @@ def gpt2_words(last=0x10FFFF):
 
 
 class GPT2Tokenizer(JSONTokenizer):
-    """GPT-2's byte-level BPE by hand: words are cut off by a pattern, each word's bytes merged pair by pair, lowest rank first."""
+    """GPT-2's byte-level BPE by hand: a pattern cuts text into words, and the bytes of each are merged pair by pair, lowest rank first."""
 
     def build(self, spec):
-        vocab, shown = spec["model"]["vocab"], {*range(33, 127), *range(161, 173), *range(174, 256)}
-        others = itertools.count(256)
-        symbols = [chr(b if b in shown else next(others)) for b in range(256)]       # how the files spell a byte
-        if missing := [b for b, symbol in enumerate(symbols) if symbol not in vocab]:
-            raise UserError(f"{self.folder}: the vocabulary has no token for byte {missing[0]} ({symbols[missing[0]]!r})")
-        self.start, byte_of = [vocab[symbol] for symbol in symbols], {symbol: b for b, symbol in enumerate(symbols)}
-        for number, (a, b) in enumerate(spec["model"]["merges"], 1):
-            if unknown := [s for s in (a, b, a + b) if s not in vocab]:
-                raise UserError(f"{self.folder}: merge {number}, {a} {b}: {unknown[0]!r} is not in the vocabulary")
-        self.rules = [(vocab[a], vocab[b], vocab[a + b]) for a, b in spec["model"]["merges"]]
-        unmade = vocab.keys() - {a + b for a, b in spec["model"]["merges"]} - byte_of.keys()
-        if unmade := sorted(t for t in unmade if not re.fullmatch(r"<.*>|\[.*\]", t)):           # those are special tokens
-            raise UserError(f"{self.folder}: no merge makes {len(unmade)} tokens of the vocabulary ({unmade[0]!r}, …); a file is cut off, or the two do not belong together")
+        vocab, merges, shown, others = spec["model"]["vocab"], spec["model"]["merges"], {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+        byte_of = {chr(b if b in shown else next(others)): b for b in range(256)}                    # how the files spell a byte
+        if missing := byte_of.keys() - vocab.keys():
+            raise UserError(f"{self.folder}: the vocabulary has no token for byte {min(map(byte_of.get, missing))}")
+        for number, pair in enumerate(merges, 1):
+            if unknown := [s for s in (*pair, "".join(pair)) if s not in vocab] or pair[2:]:
+                raise UserError(f"{self.folder}: merge {number} ({' '.join(pair)}) is not one of two tokens of the vocabulary into a third: {unknown[0]!r}")
+        if unmade := [t for t in vocab.keys() - {a + b for a, b in merges} - byte_of.keys() if not re.fullmatch(r"<.*>|\[.*\]", t)]:       # those are special tokens
+            raise UserError(f"{self.folder}: no merge makes {len(unmade)} tokens of the vocabulary, such as {min(unmade)!r}; a file is cut off, or the two do not belong together")
+        self.start = [vocab[symbol] for symbol in byte_of]
+        self.rules = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         self.ranks = {(a, b): rank for rank, (a, b, _) in enumerate(self.rules)}
-        self.bytes = {i: bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode() for token, i in vocab.items()}
-        self.words = _Words(self.merge)
+        self.bytes = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode() for token, i in vocab.items()}
+        self.words = Words(self.merge)
 
     def merge(self, word):
         """Ids of a word. The leftmost pair of lowest rank is merged until none is left; a heap over linked neighbours, so that a megabyte without a space takes n log n."""
@@ -593,38 +611,22 @@ class GPT2Tokenizer(JSONTokenizer):
             j = right[i]
             if ids[i] != a or ids[j] != b:                 # one of the two is merged meanwhile
                 continue
-            ids[i], ids[j], right[i] = new, None, right[j]
-            h, k = left[i], right[i]
-            left[k] = i
+            h, k = left[i], right[j]
+            ids[i], ids[j], right[i], left[k] = new, None, k, i
             for at, pair in ((h, (ids[h], new)), (i, (new, ids[k]))):
                 if (rank := get(pair)) is not None:
                     heapq.heappush(heap, rank * n + at)
-        return tuple(i for i in ids if i is not None)
+        return [i for i in ids if i is not None]
 
-    def encode(self, text):
-        text = well_formed(text)
-        words = gpt2_words() if not text.isascii() and re.search("[\U00010000-\U0010ffff]", text) else gpt2_words(0xFFFF)       # classes beyond 16 bits make re slow
-        return list(itertools.chain.from_iterable(map(self.words.__getitem__, words(text))))
+    def _encode(self, text):
+        astral = not text.isascii() and re.search("[\U00010000-\U0010ffff]", text)                   # classes beyond 16 bits slow re down
+        return self.words.ids(gpt2_words(0x10FFFF if astral else 0xFFFF)(text))
 
-    def decode_run(self, ids):
+    def _decode(self, ids):
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
 
-class _Words(dict):
-    """word -> ids, computed where it is missing; emptied at half a million words, so that memory stays bounded."""
-
-    def __init__(self, merge):
-        self.merge = merge
-
-    def __missing__(self, word):
-        ids = self.merge(word)
-        if len(self) >= 1 << 19:
-            self.clear()
-        if len(word) <= 64:
-            self[word] = ids
-        return ids
-
-
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 TOKENIZER_FILES = ("tokenizer.model",), ("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
 
@@ -637,33 +639,27 @@ def load_tokenizer(folder):
     """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or of one of them given by name)."""
     folder = Path(folder)
     folder = folder.parent if folder.is_file() else folder
-    kinds = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such tokenizer folder; give one that holds {kinds}")
     files = tokenizer_files(folder)
     if not files:
-        raise UserError(f"{folder}: no tokenizer in it; expected {kinds}")
+        raise UserError(f"{folder}: {'no tokenizer in it' if folder.is_dir() else 'no such folder'}; give one with {', or '.join(' and '.join(names) for names in TOKENIZER_FILES)}")
     if files == ("tokenizer.model",):
         return SentencePieceTokenizer(folder)
     spec = read_json(folder / files[0])
     try:
         if len(files) == 2:
-            merges = [line.split(" ") for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
             added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: spec[name] for name in ("<|endoftext|>",) if name in spec} | added).items()]
+            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: i for name, i in spec.items() if name == "<|endoftext|>"} | added).items()]
+            merges = [line for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
             spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
                     "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": spec, "merges": merges}}
-        model, cut_ = spec["model"], spec.get("pre_tokenizer") or {}
+        model, words = spec["model"], spec.get("pre_tokenizer") or {}
         if model.get("type", "BPE") != "BPE":
             raise UserError(f"{folder}/tokenizer.json: a tokenizer of type {model['type']!r}; only BPE is read")
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        if any(len(m) != 2 for m in model["merges"]):
-            raise UserError(f"{folder / files[-1]}: merge {next(n for n, m in enumerate(model['merges'], 1) if len(m) != 2)} is not two symbols")
-        by_hand = cut_.get("type") == "ByteLevel" and not cut_.get("add_prefix_space", True) and cut_.get("use_regex", True) and not spec.get("normalizer") and not any(
-            model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"))
-        if by_hand:
-            spec["pre_tokenizer"] = BYTE_LEVEL             # one spelling, so that GPT-2's tokenizer has one hash
-        return (GPT2Tokenizer if by_hand else JSONTokenizer)(folder, spec)
+        if words.get("type") == "ByteLevel" and not words.get("add_prefix_space", True) and words.get("use_regex", True) and not spec.get("normalizer") and not any(
+                model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")):
+            return GPT2Tokenizer(folder, {**spec, "pre_tokenizer": BYTE_LEVEL})       # one spelling, so that GPT-2's tokenizer has one hash
+        return JSONTokenizer(folder, spec)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder / files[0]}: not the vocabulary of a tokenizer ({type(e).__name__}: {e})")
 
@@ -1043,7 +1039,7 @@ def _pack_line(line):
         ids, mask = render(check_messages(record, "line"), tokenizer, template)
     if not any(mask):
         return None, None, (record.get("id"), "no answer to learn from")
-    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), np.array(mask, np.uint8).tobytes(), None
+    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), bytes(mask), None
 
 
 def _token_dtype(vocab_size):

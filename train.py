@@ -300,7 +300,7 @@ def build(args, blocks, device):
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{where} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
     weights = open_weights(args.base)
-    model = empty_model(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), device, torch.float32, compute, path)
+    model = empty_model(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size), bos=tokenizer.bos, eos=tokenizer.eos), device, torch.float32, compute, path)
     load_weights(model, weights, config, args.base)
     return model, tokenizer, weights.dtype()
 

@@ -3,6 +3,7 @@
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
+    python tests/bench.py data                  packing beside a loop over sentencepiece; GPT-2's BPE beside tiktoken and transformers
 """
 import json
 import multiprocessing
@@ -198,14 +199,90 @@ def loading(args):
         print(f"{seconds:.1f} s")
 
 
+def texts_of(path):
+    return [m["content"] for line in open(path, encoding="utf-8") for m in json.loads(line)["messages"]]
+
+
+def sentencepiece_loop(path, folder):
+    import sentencepiece
+
+    def ready():
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        for line in open(path, encoding="utf-8"):
+            for m in json.loads(line)["messages"]:
+                sp.encode(m["content"])
+    return ready
+
+
+def packing(path, folder, workers):
+    import data
+    out = tempfile.mkdtemp(dir=path.parent)
+    return lambda: data.pack(path, folder, "tokens", out, workers=workers) and None
+
+
+def gpt2_encoder(path, folder, name):
+    """Encoding all texts with one of three tokenizers, each as its users call it; all start cold and give the same number of tokens."""
+    import data
+    tokenizer, texts = data.load_tokenizer(folder), texts_of(path)
+    if name == "ours":
+        return lambda: sum(len(tokenizer.encode(t)) for t in texts)
+    if name == "tiktoken":                                              # its own encodings are fetched; the ranks lie in our files
+        import tiktoken
+        theirs = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s", special_tokens={"<|endoftext|>": tokenizer.eos},
+                                   mergeable_ranks={b: i for i, b in tokenizer.bytes.items() if i != tokenizer.eos})
+        return lambda: sum(len(theirs.encode_ordinary(t)) for t in texts)
+    import transformers
+    transformers.logging.set_verbosity_error()
+    out = Path(tempfile.mkdtemp(dir=path.parent))
+    tokenizer.export(out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    if name == "transformers, one text a call":
+        return lambda: sum(len(theirs(t)["input_ids"]) for t in texts)
+    return lambda: sum(len(ids) for at in range(0, len(texts), 1000) for ids in theirs(texts[at:at + 1000])["input_ids"])
+
+
+def data_(args):
+    real = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not real.is_dir():
+        sys.exit("bench.py data: needs the folder of real data (../shared/data): LLaMA's and GPT-2's tokenizers, HC3")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.jsonl"
+        if args.file:
+            path.symlink_to(Path(args.file).resolve())
+        else:
+            from data import read_hc3
+            records = [json.dumps({"messages": m}, ensure_ascii=False) + "\n" for file in sorted((real / "hc3").glob("*.jsonl")) for _, m in read_hc3(file) if m]
+            path.write_text("".join(records * max(1, round(args.megabytes * 1e6 / sum(map(len, records))))), encoding="utf-8")
+        size = sum(len(t.encode("utf-8", "replace")) for t in texts_of(path)) / 1e6
+        print(f"{args.file or 'HC3, repeated'}: {size:.1f} MB of text")
+        llama, gpt2 = real / "llama", real / "gpt2_bpe"
+        work = {"a loop over sentencepiece": (sentencepiece_loop, llama), **{f"pack, {n} process{'es'[:2 * n - 2]}": (packing, llama, n) for n in (1, 2)},
+                **{f"GPT-2: {name}": (gpt2_encoder, gpt2, name) for name in ("ours", "tiktoken", "transformers, one text a call", "transformers, batches, all cores")},
+                **{f"GPT-2: pack, {n} process{'es'[:2 * n - 2]}": (packing, gpt2, n) for n in (1, 2)}}
+        seconds = {name: [] for name in work}
+        for _ in range(args.runs):                                      # in turn, so that a slow minute meets all
+            for name, (function, *rest) in work.items():
+                seconds[name].append(measured(function, path, *rest)[1])
+        rows = [["measurement", "MB/s", "beside", "ratio"]]
+        for name in work:
+            peers = ["a loop over sentencepiece"] if name.startswith("pack") else [p for p in work if p.split(",")[0] in ("GPT-2: tiktoken", "GPT-2: transformers")] if name == "GPT-2: ours" else [""]
+            for peer in peers:
+                ratio = f"{statistics.median(b / a for a, b in zip(seconds[name], seconds[peer])):.2f}" if peer else ""
+                rows.append([name, f"{size / statistics.median(seconds[name]):.2f}", peer, ratio])
+        print_table(rows)
+
+
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8")):
+    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8"), ("data", "packing and GPT-2's BPE")):
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
+        if name == "data":
+            p.add_argument("--file", metavar="FILE", help="conversations, JSON lines; without it HC3, repeated")
+            p.add_argument("--megabytes", type=int, default=100, help="of HC3")
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading}[args.command](args)
+    {"generation": generation, "attention": attention, "loading": loading, "data": data_}[args.command](args)
 
 
 if __name__ == "__main__":
