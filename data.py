@@ -352,6 +352,11 @@ class Tokenizer:
     def hash(self):
         return digest(self.base_hash, self.added)
 
+    @functools.cached_property
+    def space(self):
+        """What makes a text that is encoded apart stand behind a space: nothing where encode() puts one there itself."""
+        return "" if self.encode("a b") == self.encode("a") + self.encode("b") else " "
+
     def encode(self, text):
         return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
 
@@ -588,8 +593,8 @@ class GPT2Tokenizer(JSONTokenizer):
         if missing := byte_of.keys() - vocab.keys():
             raise UserError(f"{self.folder}: the vocabulary has no token for byte {min(map(byte_of.get, missing))}")
         for number, pair in enumerate(merges, 1):
-            if unknown := [s for s in (*pair, "".join(pair)) if s not in vocab] or pair[2:]:
-                raise UserError(f"{self.folder}: merge {number} ({' '.join(pair)}) is not one of two tokens of the vocabulary into a third: {unknown[0]!r}")
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+                raise UserError(f"{self.folder}: merge {number} ({' '.join(pair)}) does not make two tokens of the vocabulary a third")
         if unmade := [t for t in vocab.keys() - {a + b for a, b in merges} - byte_of.keys() if not re.fullmatch(r"<.*>|\[.*\]", t)]:       # those are special tokens
             raise UserError(f"{self.folder}: no merge makes {len(unmade)} tokens of the vocabulary, such as {min(unmade)!r}; a file is cut off, or the two do not belong together")
         self.start = [vocab[symbol] for symbol in byte_of]
@@ -737,7 +742,7 @@ def render(messages, tokenizer, template, answer=False):
                 context.append(f"USER: {content}")
             else:
                 put(tokenizer.encode(" ".join([*context, "GPT:"])), 0)
-                put([*tokenizer.encode(content), tokenizer.eos], 1)
+                put([*tokenizer.encode(tokenizer.space * bool(content) + content), tokenizer.eos], 1)       # "GPT: answer"
                 context = []
         if answer:
             context.append("GPT:")

@@ -101,7 +101,7 @@ def test_gpt2_ids_are_those_of_transformers_on_real_text(gpt2, theirs, real):
 
 
 def test_gpt2_ids_are_those_of_the_plain_algorithm(gpt2, real):
-    for text in [*list(real_texts(real))[::40], *random_texts(500, seed=1)]:
+    for text in [*list(real_texts(real))[::80], *random_texts(300, seed=1)]:
         assert gpt2.encode(text) == by_ranks(gpt2, text), text
 
 
@@ -113,14 +113,18 @@ def test_gpt2_ids_are_those_of_transformers_on_random_unicode(gpt2, theirs):
 
 
 def test_gpt2_ids_are_those_of_transformers_on_every_code_point(gpt2, theirs):
-    """Alone, and beside a letter, a digit and a symbol, which tells its class. A code point younger than Python's Unicode is neither letter nor number, so it is met alone only."""
-    points = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
-    known = [c for c in points if unicodedata.category(c) not in ("Cn", "Co")]
-    texts = ["\n".join(points[at:at + 4096]) for at in range(0, len(points), 4096)]
-    texts += ["".join(f"a{c}1{c}!{c} {c}" for c in known[at:at + 1024]) for at in range(0, len(known), 1024)]
-    for text, ids in zip(texts, theirs(texts)["input_ids"]):
-        assert gpt2.encode(text) == ids
-        assert gpt2.decode(ids) == text
+    """Beside a letter, a digit and a symbol, which tells its class; the inside of a run of one class is sampled, with ALL=1 it is not.
+
+    A code point younger than Python's Unicode counts as a symbol, whatever it is today, so it is met alone.
+    """
+    every, kind = 1 if os.environ.get("ALL") else 32, [unicodedata.category(chr(i)) for i in range(sys.maxunicode + 1)]
+    points = [i for i in range(1, sys.maxunicode) if kind[i] != "Cs" and (i % every == 0 or not kind[i - 1] == kind[i] == kind[i + 1])]
+    texts = [f"a{c}1!{c} {c}" if kind[ord(c)] not in ("Cn", "Co") else c for c in map(chr, points)]
+    assert len(texts) > 30_000
+    for at in range(0, len(texts), 1000):
+        text = "\n".join(texts[at:at + 1000])
+        assert gpt2.encode(text) == theirs(text)["input_ids"]
+        assert gpt2.decode(gpt2.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", " ", "  ", "\n \n", " \t\r\n\x0b\x0c\x85\u2028 x", "a" + " " * 1000 + "b", " " * 999, "\n" * 500 + "x", "1234567890" * 300, "1 22 333 4444", "٣" * 400, "''''s's'S don't I'LL we'll", "x\x1c\x1dy"])
@@ -132,9 +136,9 @@ def test_gpt2_ids_are_those_of_transformers_on_runs(gpt2, theirs, text):
 def test_a_megabyte_without_a_space_is_one_word(gpt2, theirs):
     """In n log n: a quadratic merge would not end within the time that a test has."""
     rng = random.Random(0)
-    for text in ("ab" * (1 << 19), "".join(rng.choice("etaoinshrdlu") for _ in range(1 << 20))):
-        assert gpt2.encode(text) == theirs(text)["input_ids"]
-    assert len(gpt2.words) == 0 or max(map(len, gpt2.words)) <= 64       # and is not kept
+    text = "".join(rng.choice("etaoinshrdlu") for _ in range(1 << 20))
+    assert gpt2.encode(text) == theirs(text)["input_ids"]
+    assert text not in gpt2.words                                       # such words are not kept
 
 
 def test_the_cache_of_words_stays_bounded_and_right(monkeypatch, gpt2):
@@ -190,10 +194,9 @@ def test_decoding_gives_the_text_back(tokenizer):
 def test_continuation_of_real_code_is_exact(tokenizer, real):
     for line in gzip.open(real / "humaneval/HumanEval.jsonl.gz", "rt"):
         task = json.loads(line)
-        prompt, new = [tokenizer.bos, *tokenizer.encode(task["prompt"])], tokenizer.encode(task["prompt"] + task["canonical_solution"])[len(tokenizer.encode(task["prompt"])):]
-        whole = tokenizer.encode(task["prompt"] + task["canonical_solution"])
-        if whole[:len(prompt) - 1] == prompt[1:]:
-            assert data.continuation(tokenizer, prompt, new) == task["canonical_solution"]
+        whole = [tokenizer.bos, *tokenizer.encode(task["prompt"] + task["canonical_solution"])]
+        for n in (len(tokenizer.encode(task["prompt"])), len(whole) // 2, len(whole) - 3):
+            assert tokenizer.decode(whole[:n]).rstrip("\ufffd") + data.continuation(tokenizer, whole[:n], whole[n:]) == task["prompt"] + task["canonical_solution"]
 
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(tokenizer, tmp_path):
@@ -282,7 +285,7 @@ def test_transformers_reads_the_exported_tokenizer_and_template(tokenizer, templ
     for text in ["", " x", "hello  world", "naïve 鸭 🦆", "12345 6", "a\n\n\tb  "]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == tokenizer.encode(text) and theirs.decode(ids) == tokenizer.decode(ids)
-    assert theirs("a<|user|>b", add_special_tokens=False)["input_ids"][1] == tokenizer.added["<|user|>"] or tokenizer.added["<|user|>"] in theirs("a<|user|>b")["input_ids"]
+    assert tokenizer.added["<|user|>"] in theirs("a<|user|>b")["input_ids"]
     for turns in CHATS:
         messages = [{"role": r, "content": c} for r, c in turns]
         for answer in (False, True):
@@ -291,10 +294,9 @@ def test_transformers_reads_the_exported_tokenizer_and_template(tokenizer, templ
 
 
 def test_a_base_model_keeps_its_own_chat_template(json_folder, tmp_path):
-    data.load_tokenizer(json_folder).export(tmp_path / "a" if (tmp_path / "a").mkdir() else tmp_path / "a", None)
-    assert data.read_json(tmp_path / "a/tokenizer_config.json")["chat_template"] == "{{ 'base' }}"
-    data.load_tokenizer(json_folder).export(tmp_path / "a", "tokens")
-    assert data.read_json(tmp_path / "a/tokenizer_config.json")["chat_template"] == data.CHAT_TEMPLATES["tokens"]
+    for template, expected in ((None, "{{ 'base' }}"), ("tokens", data.CHAT_TEMPLATES["tokens"])):
+        data.load_tokenizer(json_folder).export(tmp_path, template)
+        assert data.read_json(tmp_path / "tokenizer_config.json")["chat_template"] == expected
 
 
 def cut_off(folder):
@@ -355,7 +357,7 @@ def test_gpt2_from_text_to_a_fine_tuned_checkpoint_that_answers(real, tmp_path):
     tokenizer = packed.tokenizer()
     assert packed.meta["vocab_size"] == 50259 and packed.meta["tokens"] == sum(len(data.render(m, tokenizer, "tokens")[0]) for m in conversations)
     assert (packed.tokens == tokenizer.added["<|assistant|>"]).sum() == len(conversations)          # none forged
-    assert "Turing" in program("data.py", "inspect", tmp_path / "packed", "--blocks", "20").stdout or "learning" in program("data.py", "inspect", tmp_path / "packed", "--blocks", "20").stdout
+    assert conversations[0][1]["content"][:60] in program("data.py", "inspect", tmp_path / "packed", "--blocks", "100").stdout.replace("\n--- block", "")
     program("train.py", "--model", tmp_path / "base", "--data", tmp_path / "packed", "--out", tmp_path / "run", "--tokens", "1k", "--block", "64", "--batch", "4")
     data.write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "prompt": "What is AI?<|assistant|>"}])
     program("model.py", "generate", "--model", tmp_path / "run", "--prompts", tmp_path / "p.jsonl", "--max-new", "4", "--out", tmp_path / "r.jsonl")
