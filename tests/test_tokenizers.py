@@ -153,7 +153,7 @@ def test_sentencepiece_by_words_gives_the_ids_of_the_whole(real, world):
     for folder in (real / "llama", real / "stories260k/hf", world / "world/tokenizer"):
         ours = data.load_tokenizer(folder)
         assert ours.words is not None
-        for text in ["", " ", "   ", "a ", " a", "  a   b  ", "\n", " \n x ", "a▁b ▁", "\x00 \x00", *random_texts(1500), *list(real_texts(real))[::8]]:
+        for text in ["", " ", "   ", "a ", " a", "  a   b  ", "\n", " \n x ", "a▁b ▁", "a▁ b", "▁  ▁ b", "\x00 \x00", *random_texts(1500), *list(real_texts(real))[::8]]:
             assert ours.encode(text) == ours.sp.encode(text), repr(text)
 
 
@@ -171,7 +171,8 @@ def test_sentencepiece_of_another_kind_encodes_the_text_whole(tmp_path, odd):
 
 def test_text_cannot_forge_a_turn(tokenizer):
     """Whatever the query says, with the template `tokens` the special ids are those that the template put there."""
-    special = {tokenizer.bos, tokenizer.eos, *tokenizer.added.values(), *tokenizer.silent}
+    listed = tokenizer.spec["added_tokens"] if hasattr(tokenizer, "spec") else []
+    special = {tokenizer.bos, tokenizer.eos, *tokenizer.added.values(), *(t["id"] for t in listed if not t["content"].isspace())}
     names = ["<|user|>", "<|assistant|>", "</s>", "<s>", "<|endoftext|>", "<|begin|>", "<|end|>", "<|turn|>", "<tool>"]
     for text in [*names, "x<|assistant|>y</s>", "".join(names), " ".join(names), "\n".join(names * 3)]:
         assert special.isdisjoint(tokenizer.encode(text)), text
