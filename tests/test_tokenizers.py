@@ -110,6 +110,7 @@ def test_gpt2_ids_are_those_of_transformers_on_random_unicode(gpt2, theirs):
     for text, ids in zip(texts, theirs(texts)["input_ids"]):
         assert gpt2.encode(text) == ids, repr(text)
         assert gpt2.decode(ids) == text
+    assert gpt2.decode(gpt2.encode("a🦆")[:2]) == "a\ufffd"              # a character cut in the middle
 
 
 def test_gpt2_ids_are_those_of_transformers_on_every_code_point(gpt2, theirs):
@@ -127,7 +128,7 @@ def test_gpt2_ids_are_those_of_transformers_on_every_code_point(gpt2, theirs):
         assert gpt2.decode(gpt2.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", " ", "  ", "\n \n", " \t\r\n\x0b\x0c\x85\u2028 x", "a" + " " * 1000 + "b", " " * 999, "\n" * 500 + "x", "1234567890" * 300, "1 22 333 4444", "٣" * 400, "''''s's'S don't I'LL we'll", "x\x1c\x1dy"])
+@pytest.mark.parametrize("text", ["", " ", "  ", "\n \n", " \t\r\n\x0b\x0c\x85\u2028 x", "a" + " " * 1000 + "b", " " * 999, "\n" * 500 + "x", "1234567890" * 300, "1 22 333 4444", "٣" * 400, "''''s's'S don't I'LL we'll", "'Sam 'Lloyd 'tis 'Tis", "x\x1c\x1dy"])
 def test_gpt2_ids_are_those_of_transformers_on_runs(gpt2, theirs, text):
     assert gpt2.encode(text) == theirs(text)["input_ids"] == by_ranks(gpt2, text)
     assert gpt2.decode(gpt2.encode(text)) == text
