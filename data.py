@@ -6,7 +6,7 @@
 
 In this file, in the order in which text becomes training data:
     errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
-    tokenizers                       text <-> ids; special tokens are never parsed out of text
+    tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
     mix                              cleaning, deduplication, language filter, and who was dropped why
@@ -21,8 +21,10 @@ import contextlib
 import csv
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
+import heapq
 import html
 import html.parser
 import itertools
@@ -368,13 +370,65 @@ def dying_with_parent():
 SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
 
 
-class SentencePieceTokenizer:
-    """LLaMA's tokenizer: SentencePiece BPE with byte fallback; tokens added to the vocabulary follow its own pieces.
+class Tokenizer:
+    """What the three kinds share: `n_base` ids of their own, `bos`, `eos`, and `added`, {name: id} of the tokens that templates add.
 
-    encode() treats its argument as ordinary text: neither the control pieces (`</s>`) nor the added tokens are ever parsed
-    out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+    encode() treats its argument as ordinary text: neither control tokens (`</s>`, `<|endoftext|>`) nor the added ones are ever
+    parsed out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
     """
-    files = ("tokenizer.model",)
+    silent = frozenset()                                   # ids without text, beside bos, eos and the added ones
+
+    def add(self, names):
+        for name in names:
+            self.added.setdefault(name, self.vocab_size)
+        return self
+
+    @property
+    def vocab_size(self):
+        return 1 + max([self.n_base - 1, *self.added.values()])
+
+    @property
+    def hash(self):
+        return digest(self.base_hash, self.added)
+
+    @functools.cached_property
+    def space(self):
+        """What makes a text that is encoded apart stand behind a space: nothing where encode() puts one there itself."""
+        return "" if self.encode("a b") == self.encode("a") + self.encode("b") else " "
+
+    def encode(self, text):
+        return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
+
+    def decode(self, ids):
+        """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
+        text, run_, silent = [], [], {self.bos, self.eos, *self.added.values(), *self.silent}
+        for i in (*ids, self.eos):
+            if i < self.n_base and i not in silent:
+                run_.append(int(i))
+            elif run_:
+                text.append(self._decode(run_))
+                run_ = []
+        return "".join(text)
+
+
+class Words(dict):
+    """word -> its ids, from `encode` where it is missing; emptied at half a million words and without long ones, so that memory stays bounded."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __missing__(self, word):
+        if len(self) >= 1 << 19:
+            self.clear()
+        ids = self.encode(word)
+        return self.setdefault(word, ids) if len(word) <= 64 else ids
+
+    def ids(self, words):
+        return list(itertools.chain.from_iterable(map(self.__getitem__, words)))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """LLaMA's tokenizer: SentencePiece BPE with byte fallback; tokens added to the vocabulary follow its own pieces."""
 
     def __init__(self, folder):
         import sentencepiece
@@ -389,42 +443,24 @@ class SentencePieceTokenizer:
         self.added = read_json(added) if added.is_file() else {}
         if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
             raise UserError(f"{added}: ids of added tokens must follow the {self.n_base} pieces of tokenizer.model")
-
-    def add(self, names):
-        for name in names:
-            self.added.setdefault(name, self.n_base + len(self.added))
-        return self
-
-    @property
-    def vocab_size(self):
-        return self.n_base + len(self.added)
+        by_words = not sentencepiece_oddity(self.sp)[0] and not any(re.search("[^▁]▁", self.sp.id_to_piece(i)) for i in range(self.n_base))
+        self.words = Words(lambda word: self.sp.encode(word[1:]) or [self.sp.piece_to_id("▁")]) if by_words else None       # encode() puts the space back
 
     @property
     def base_hash(self):
         """Of the vocabulary without added tokens: says whether a checkpoint and packed data speak the same ids."""
-        return digest(*(file_hash(self.folder / name) for name in self.files))
+        return digest(file_hash(self.folder / "tokenizer.model"))
 
-    @property
-    def hash(self):
-        return digest(self.base_hash, self.added)
+    def _encode(self, text):
+        if self.words is None or not text or "▁" in text:
+            return self.sp.encode(text)
+        return self.words.ids(re.findall(" *[^ ]+| +", " " + text))      # no piece reaches into the next word, so no merge does
 
-    def encode(self, text):
-        return self.sp.encode(re.sub("[\ud800-\udfff]", "\ufffd", text))
-
-    def decode(self, ids):
-        """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
-        text, run_ = [], []
-        for i in (*ids, self.eos):
-            if i < self.n_base and i not in (self.bos, self.eos):
-                run_.append(int(i))
-            elif run_:
-                text.append(self.sp.decode(run_))
-                run_ = []
-        return "".join(text)
+    def _decode(self, ids):
+        return self.sp.decode(ids)
 
     def save(self, folder):
-        for name in self.files:
-            shutil.copyfile(self.folder / name, Path(folder) / name)
+        shutil.copyfile(self.folder / "tokenizer.model", Path(folder) / "tokenizer.model")
         write_json(Path(folder) / "added_tokens.json", self.added)
 
     def export(self, folder, template):
@@ -460,24 +496,31 @@ def _protobuf_fields(message):
         yield number, bytes(itertools.islice(rest, size)) if wire else size
 
 
+def sentencepiece_oddity(sp):
+    """(what sets a SentencePieceProcessor apart from LLaMA's kind or None, the types of its pieces)."""
+    message = list(_protobuf_fields(sp.serialized_model_proto()))
+    trainer, normal, denormal = (dict(_protobuf_fields(dict(message).get(number, b""))) for number in (2, 3, 5))
+    types = [dict(_protobuf_fields(value)).get(3, 1) for number, value in message if number == 1]
+    return next((why for wrong, why in (
+        (trainer.get(3, 1) != 2, "the model is not BPE"),
+        (normal.get(2) or denormal.get(2), "it normalises text"),
+        (not normal.get(3, 1) or trainer.get(24), "it has no dummy prefix"),
+        (normal.get(4, 1), "it removes extra white space"),
+        (not normal.get(5, 1), "it does not escape white space"),
+        (set(types) - {1, 2, 3, 6}, "it has user-defined or unused pieces")) if wrong), None), types
+
+
 def tokenizer_json(sp, added):
     """The tokenizer.json that gives a BPE SentencePieceProcessor's ids, with {text: id} tokens added behind its vocabulary.
 
     ValueError names what such a file cannot express. Each text between special tokens gets the dummy prefix, as encode() gives it.
     """
-    message = list(_protobuf_fields(sp.serialized_model_proto()))
-    trainer, normal, denormal = (dict(_protobuf_fields(dict(message).get(number, b""))) for number in (2, 3, 5))
-    types = [dict(_protobuf_fields(value)).get(3, 1) for number, value in message if number == 1]
+    oddity, types = sentencepiece_oddity(sp)
     pieces = [sp.id_to_piece(i) for i in range(len(types))]
     scores = {piece: sp.get_score(i) for i, (piece, kind) in enumerate(zip(pieces, types)) if kind == 1}
     ranked = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
     for wrong, why in (
-            (trainer.get(3, 1) != 2, "the model is not BPE"),
-            (normal.get(2) or denormal.get(2), "it normalises text"),
-            (not normal.get(3, 1) or trainer.get(24), "it has no dummy prefix"),
-            (normal.get(4, 1), "it removes extra white space"),
-            (not normal.get(5, 1), "it does not escape white space"),
-            (set(types) - {1, 2, 3, 6}, "it has user-defined or unused pieces"),
+            (oddity, oddity),
             ({p for p, t in zip(pieces, types) if t == 6} != {f"<0x{b:02X}>" for b in range(256)}, "it has no byte fallback"),
             (not set("".join(scores)) <= scores.keys(), "a piece has a character that is no piece"),         # sentencepiece merges those too, a BPE over a vocabulary cannot
             (any(a == b and len(set(p + q)) > 1 for (a, p), (b, q) in zip(ranked, ranked[1:])), "two scores are equal")):     # it merges the leftmost of equals
@@ -497,16 +540,172 @@ def tokenizer_json(sp, added):
                       "ignore_merges": False, "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
 
 
+class JSONTokenizer(Tokenizer):
+    """A tokenizer.json (LLaMA 3, SmolLM2) through the `tokenizers` package.
+
+    The package parses every added token out of text. Here only those that are white space (GPT-NeoX's runs of spaces, trained
+    as ordinary pieces) still are; the others count as special, and special tokens as text.
+    """
+
+    def __init__(self, folder, spec):
+        self.folder, self.spec, listed = folder, spec, spec["added_tokens"]
+        names = {**spec["model"]["vocab"], **{t["content"]: t["id"] for t in listed}}
+        if len(set(names.values())) < len(names) or not all(isinstance(i, int) and i >= 0 for i in names.values()):
+            raise ValueError("ids must be whole numbers, each of one token")
+        self.added = {t["content"]: t["id"] for t in listed if t["content"] in SPECIAL["tokens"]}
+        self.silent = frozenset(t["id"] for t in listed if t["special"])
+        self.n_base = 1 + max(i for name, i in names.items() if name not in self.added)
+        files = {name: read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (folder / name).is_file()}
+        by_id, ends = {i: name for name, i in names.items()}, {}
+        for d in files.values():                           # they name bos and eos, or give their ids
+            for end in ("bos_token", "eos_token"):
+                name, i = d.get(end), d.get(f"{end}_id")
+                name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
+                if found := name if name in names else by_id.get(i):
+                    ends.setdefault(end, found)
+        ends.setdefault("eos_token", "<|endoftext|>")      # GPT-2's files do not say
+        ends.setdefault("bos_token", ends["eos_token"])
+        if ends["eos_token"] not in names:
+            raise UserError(f"{folder}: no file says which token ends a text; put {{\"eos_token\": \"…\"}} into {folder}/tokenizer_config.json")
+        self.bos, self.eos = names[ends["bos_token"]], names[ends["eos_token"]]
+        own = files.get("tokenizer_config.json", {})
+        if (folder / "chat_template.jinja").is_file():
+            own["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+                       **{k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}}
+        self.build(spec)
+
+    def build(self, spec):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{self.folder}/tokenizer.json is read through the tokenizers package: pip install tokenizers")
+        tokens = [{**t, "special": t["special"] or not t["content"].isspace()} for t in spec["added_tokens"]]
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None, "added_tokens": tokens}))
+        except Exception as e:                             # the package raises nothing narrower
+            raise UserError(f"{self.folder}/tokenizer.json: not a tokenizer ({e})")
+        self.tokenizer.encode_special_tokens = True        # as text
+
+    @functools.cached_property
+    def base_hash(self):
+        return digest(*(self.spec["model"][k] for k in ("vocab", "merges")), *(self.spec.get(k) for k in ("normalizer", "pre_tokenizer")))
+
+    def _encode(self, text):
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self.silent.isdisjoint(ids):
+            raise UserError(f"{self.folder}/tokenizer.json reads a special token out of plain text; such a tokenizer is not supported")
+        return ids
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def export(self, folder, template=None):
+        """Write tokenizer.json with the added tokens in it, and a tokenizer_config.json with the chat template: what transformers, vLLM and llama.cpp's converter read."""
+        known = {t["content"] for t in self.spec["added_tokens"]}
+        tokens = self.spec["added_tokens"] + [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in self.added.items() if name not in known]
+        write_json(Path(folder) / "tokenizer.json", {**self.spec, "added_tokens": tokens})
+        write_json(Path(folder) / "tokenizer_config.json", {
+            **self.config, "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens}, **({"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {})})
+
+    save = export
+
+
+@functools.cache
+def gpt2_words(last):
+    """The function that cuts text of code points up to `last` into GPT-2's words: 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+
+    Letters and numbers are Python's: a character younger than its Unicode is neither. White space is Unicode's: re's \\s has U+001C to U+001F too.
+    """
+    categories = "".join(map(unicodedata.category, map(chr, range(last + 1))))                       # two letters each
+    letters, numbers = ("".join(f"\\U{m.start() // 2:08x}-\\U{m.end() // 2 - 1:08x}" for m in re.finditer(f"(?:{kind}.)+", categories)) for kind in "LN")
+    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(f"'(?:[stmd]|re|ve|ll)| ?[{letters}]+| ?[{numbers}]+| ?[^{space}{letters}{numbers}]+|[{space}]+(?![^{space}])|[{space}]+").findall
+
+
+class GPT2Tokenizer(JSONTokenizer):
+    """GPT-2's byte-level BPE by hand: a pattern cuts text into words, and the bytes of each are merged pair by pair, lowest rank first."""
+
+    def build(self, spec):
+        vocab, merges, shown, others = spec["model"]["vocab"], spec["model"]["merges"], {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+        byte_of = {chr(b if b in shown else next(others)): b for b in range(256)}                    # how the files spell a byte
+        if missing := byte_of.keys() - vocab.keys():
+            raise UserError(f"{self.folder}: the vocabulary has no token for byte {min(map(byte_of.get, missing))}")
+        for number, pair in enumerate(merges, 1):
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+                raise UserError(f"{self.folder}: merge {number} ({' '.join(pair)}) does not make two tokens of the vocabulary a third")
+        if unmade := [t for t in vocab.keys() - {a + b for a, b in merges} - byte_of.keys() if not re.fullmatch(r"<.*>|\[.*\]", t)]:       # those are special tokens
+            raise UserError(f"{self.folder}: no merge makes {len(unmade)} tokens of the vocabulary, such as {min(unmade)!r}; a file is cut off, or the two do not belong together")
+        self.start = [vocab[symbol] for symbol in byte_of]
+        self.rules = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
+        self.ranks = {(a, b): rank for rank, (a, b, _) in enumerate(self.rules)}
+        self.bytes = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode() for token, i in vocab.items()}
+        self.words = Words(self.merge)
+
+    def merge(self, word):
+        """Ids of a word. The leftmost pair of lowest rank is merged until none is left; a heap over linked neighbours, so that a megabyte without a space takes n log n."""
+        ids, get = [*map(self.start.__getitem__, word.encode()), None], self.ranks.get              # None ends the word on either side: ids[-1]
+        n = len(ids)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        heap = [rank * n + i for i, rank in enumerate(map(get, zip(ids, ids[1:]))) if rank is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = divmod(heapq.heappop(heap), n)
+            a, b, new = self.rules[rank]
+            j = right[i]
+            if ids[i] != a or ids[j] != b:                 # one of the two is merged meanwhile
+                continue
+            h, k = left[i], right[j]
+            ids[i], ids[j], right[i], left[k] = new, None, k, i
+            for at, pair in ((h, (ids[h], new)), (i, (new, ids[k]))):
+                if (rank := get(pair)) is not None:
+                    heapq.heappush(heap, rank * n + at)
+        return [i for i in ids if i is not None]
+
+    def _encode(self, text):
+        astral = not text.isascii() and re.search("[\U00010000-\U0010ffff]", text)                   # classes beyond 16 bits slow re down
+        return self.words.ids(gpt2_words(0x10FFFF if astral else 0xFFFF)(text))
+
+    def _decode(self, ids):
+        return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TOKENIZER_FILES = ("tokenizer.model",), ("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
+
+
+def tokenizer_files(folder):
+    """The files of a tokenizer that lie in `folder`, the first kind found; () where there are none."""
+    return next((names for names in TOKENIZER_FILES if all((Path(folder) / name).is_file() for name in names)), ())
+
+
 def load_tokenizer(folder):
-    """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or given by name)."""
+    """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or of one of them given by name)."""
     folder = Path(folder)
-    if folder.name == "tokenizer.model":
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such tokenizer folder; give one that holds tokenizer.model")
-    if (folder / "tokenizer.model").is_file():
+    folder = folder.parent if folder.is_file() else folder
+    files = tokenizer_files(folder)
+    if not files:
+        raise UserError(f"{folder}: {'no tokenizer in it' if folder.is_dir() else 'no such folder'}; give one with {', or '.join(' and '.join(names) for names in TOKENIZER_FILES)}")
+    if files == ("tokenizer.model",):
         return SentencePieceTokenizer(folder)
-    raise UserError(f"{folder}: no tokenizer.model in it")
+    spec = read_json(folder / files[0])
+    try:
+        if len(files) == 2:
+            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: i for name, i in spec.items() if name == "<|endoftext|>"} | added).items()]
+            merges = [line for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
+            spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
+                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": spec, "merges": merges}}
+        model, words = spec["model"], spec.get("pre_tokenizer") or {}
+        if model.get("type", "BPE") != "BPE":
+            raise UserError(f"{folder}/tokenizer.json: a tokenizer of type {model['type']!r}; only BPE is read")
+        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if words.get("type") == "ByteLevel" and not words.get("add_prefix_space", True) and words.get("use_regex", True) and not spec.get("normalizer") and not any(
+                model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")):
+            return GPT2Tokenizer(folder, {**spec, "pre_tokenizer": BYTE_LEVEL})       # one spelling, so that GPT-2's tokenizer has one hash
+        return JSONTokenizer(folder, spec)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder / files[0]}: not the vocabulary of a tokenizer ({type(e).__name__}: {e})")
 
 
 def continuation(tokenizer, prompt, new):
@@ -582,7 +781,7 @@ def render(messages, tokenizer, template, answer=False):
                 context.append(f"USER: {content}")
             else:
                 put(tokenizer.encode(" ".join([*context, "GPT:"])), 0)
-                put([*tokenizer.encode(content), tokenizer.eos], 1)
+                put([*tokenizer.encode(tokenizer.space * bool(content) + content), tokenizer.eos], 1)       # "GPT: answer"
                 context = []
         if answer:
             context.append("GPT:")
@@ -1160,7 +1359,7 @@ def _pack_line(line):
         ids, mask = render(check_messages(record, "line"), tokenizer, template)
     if not any(mask):
         return None, None, (record.get("id"), "no answer to learn from")
-    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), np.array(mask, np.uint8).tobytes(), None
+    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), bytes(mask), None
 
 
 def _token_dtype(vocab_size):
@@ -1483,7 +1682,7 @@ def main():
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
-    p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model")
+    p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model, tokenizer.json, or GPT-2's encoder.json and vocab.bpe")
     p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate (mix counts those)")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")

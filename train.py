@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, print_table, read_json, real, run,
-                  same_settings, write_json)
+                  same_settings, tokenizer_files, write_json)
 from model import (PRESETS, Safetensors, TensorParallel, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, held, is_meta, load_weights, local, n_parameters,
                    open_weights, pick_attention, pick_device, pick_dtype, published_names, read_config, region, save_checkpoint, whole, whole_shapes, write_safetensors)
 
@@ -548,7 +548,7 @@ def trained_config(args, config, tokenizer):
     """Config with the vocabulary of the packed data, which must be the base's own plus added tokens."""
     if args.init:
         return replace(config, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, eos=tokenizer.eos)
-    if (Path(args.base) / "tokenizer.model").is_file():
+    if tokenizer_files(args.base):
         base = load_tokenizer(args.base)
         if base.base_hash != tokenizer.base_hash:
             raise UserError(f"{args.data} was packed with another tokenizer than {args.base} has; pack it again with --tokenizer {args.base}")
@@ -556,7 +556,7 @@ def trained_config(args, config, tokenizer):
             raise UserError(f"{args.data} was packed without {', '.join(lost)}, tokens that {args.base} has added to its vocabulary; pack it again with --tokenizer {args.base}")
     if tokenizer.n_base > config.vocab_size:
         raise UserError(f"{args.data} was packed with a vocabulary of {tokenizer.n_base}, {args.base} has {config.vocab_size}; pack it with the base model's tokenizer")
-    return replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    return replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size), bos=tokenizer.bos, eos=tokenizer.eos)      # LLaMA 3 names several eos; one was trained
 
 
 def settings_of(args, meta):

@@ -3,9 +3,7 @@ import json
 import os
 import re
 
-import numpy as np
 import pytest
-import sentencepiece
 
 import data
 from conftest import ROOT, lines_of, one_line, program

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import data
 from conftest import ROOT, lines_of, one_line, program
 
 
