@@ -237,13 +237,16 @@ def program_of(problem, text, chat):
             end = re.compile(r"\n(?!\s|[)\]}#@]|def |async def |class |import |from |\Z)").search(code, found.end())
             code = code[min(start.start() if start else found.start(), found.start()):end.start() if end else None]
         return problem["prompt"] + "\n\n" + code
-    first, _, rest = code.strip("\n").partition("\n")
+    first, *rest = code.strip("\n").split("\n")
+    below = [line[:len(line) - len(line.lstrip())] for line in rest if line.strip()]
     if first[:1].strip():                                                   # not indented: was all of the body so, or has the first line alone lost it?
-        following = next((line for line in rest.split("\n") if line.strip()), "")
-        deeper = len(following) - len(following.lstrip())
-        whole = deeper < (8 if first.rstrip().endswith((":", "(", "[", "{", ",")) else 4)
-        first, rest = "    " + first, textwrap.indent(rest, "    ") if whole else rest
-    return problem["prompt"] + cut(f"{first}\n{rest}", CODE_STOPS if not blocks else ())
+        least = min(below, key=len, default="")
+        block = bool(below) and below[0] == least and first.rstrip().endswith((":", "(", "[", "{", ","))
+        if not least or block and len(least) < 8:
+            first, rest = "    " + first, ["    " + line for line in rest]
+        else:
+            first = least[:len(least) // 2 if block else None] + first
+    return problem["prompt"] + cut("\n".join([first, *rest]), () if blocks else CODE_STOPS)
 
 
 def pass_at_k(n, c, k):

@@ -1,12 +1,12 @@
 """HumanEval: programs out of replies, pass@k, and the sandbox among hostile programs."""
+import contextlib
 import gzip
 import http.server
+import itertools
 import json
 import math
 import multiprocessing
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,36 +22,42 @@ import evaluate as E
 from conftest import lines_of, one_line, program
 
 CHECK = "def check(candidate):\n    assert candidate() == 1\n"
+numbers = itertools.count()
 RIGHT, WRONG = "def f():\n    return 1\n", "def f():\n    return 2\n"
 
 
-def processes():
-    """Every process of any sandbox of this test run: supervisors, what they forked, and the unshare in front of them."""
+def processes(mark):
+    """Every process of the sandbox whose source carries `mark`: the unshare in front of it, the supervisor, what it forked."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"# {os.getpid()}\n".encode() in path.read_bytes():
+            if mark in path.read_text(errors="replace"):
                 found.append(int(path.parent.name))
         except OSError:
             pass
     return found
 
 
-@pytest.fixture(autouse=True)
-def marked(monkeypatch):
-    """The supervisor's source, which is its command line, carries the mark of this run."""
-    monkeypatch.setattr(E, "PRELUDE", f"# {os.getpid()}\n{E.PRELUDE}")
+@contextlib.contextmanager
+def marked(unsafe=False):
+    """A sandbox whose processes can be told from others by their command line, which holds their source; none of them outlives it."""
+    mark = f"# sandbox {os.getpid()}-{next(numbers)} #"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(E, "PRELUDE", f"{mark}\n{E.PRELUDE}")
+        try:
+            box = E.Sandbox(unsafe)
+        except E.UserError as e:
+            pytest.skip(f"no sandbox here: {e}")
+        box.processes = lambda: processes(mark)
+        yield box
+        box.close()
+    assert not processes(mark)
 
 
-@pytest.fixture
-def sandbox(marked):
-    try:
-        box = E.Sandbox()
-    except E.UserError as e:
-        pytest.skip(f"no sandbox here: {e}")
-    yield lambda text, timeout=5.0: box.run(text, CHECK, "f", timeout)
-    box.close()
-    assert not processes()
+@pytest.fixture(scope="module")
+def box():
+    with marked() as box:
+        yield box
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def outcome(text, chat=True, problem=PROBLEM):
     f"```python\n{PROBLEM['prompt']}{BODY}```", f"1. The function:\n\n   ```python\n{textwrap.indent(WHOLE, '   ')}   ```\n", f"```python\nf()\n```\nwhere\n```python\n{WHOLE}```\n```python\nraise SystemExit\n```",
     f"```python\n{BODY}```", f"```python\n{BODY.lstrip()}```", f"```python\n{textwrap.dedent(BODY)}```", BODY, BODY.lstrip(), textwrap.dedent(BODY), BODY + "\n# Example\nf(2)\n",
     f"```python\n{WHOLE}```".replace("\n", "\r\n"), "```python\ndef f():\n    return helper(math.floor(1.5))\n```", f"Here:\n\nfrom math import floor\n\n{WHOLE.replace('return i', 'return floor(i)')}\nDone, I think.",
-    "```python\nfor i in [1]:\n        return i\n```", "```python\nfor i in [1]:\n    return i\n```", "async_ = 1\n    return async_"])
+    "```python\nfor i in [1]:\n        return i\n```", "```python\nif not 1:\n      return 2\n    return 1\n```", "```python\nif 1:\n\t\treturn 1\n```", "```python\nfor i in [1]:\n    return i\n```", "async_ = 1\n    return async_"])
 def test_a_program_is_found_in_a_chat_reply(reply):
     assert outcome(reply) == 1
 
@@ -128,7 +134,7 @@ def test_a_malformed_file_is_named(tmp_path, content, says):
 
 
 @pytest.mark.parametrize("style", ["completion", "fenced", "bare body"])
-def test_canonical_solutions_pass_all(problems, style, sandbox):
+def test_canonical_solutions_pass_all(problems, style, box):
     """The three ways share out the problems, so that each problem is judged twice in all."""
     def reply(p):
         whole = p["prompt"] + p["canonical_solution"]
@@ -148,10 +154,10 @@ HOSTILE = {
     "ignoring every signal": ("import signal, time\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n except Exception: pass\nwhile True: time.sleep(1)", "timed out"),
     "a fork bomb": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", "timed out"),
     "a thread bomb": ("import threading, time\nfor i in range(100): threading.Thread(target=time.sleep, args=(60,)).start()", "failed: RuntimeError"),
-    "a memory bomb": ("x = []\nwhile True: x.append(bytearray(1 << 24))", "failed: MemoryError"),
+    "a memory bomb": ("x = []\nwhile True: x.append(bytearray(1 << 24))", ("failed: MemoryError", "timed out")),
     "one great allocation": ("x = bytearray(10 << 30)", "failed: MemoryError"),
     "a file of 10 GB": ("with open('big', 'wb') as f:\n for i in range(10240): f.write(bytes(1 << 20))", "failed: OSError: [Errno 27]"),
-    "many files": ("for i in range(100):\n with open(f'/tmp/{i}', 'wb') as f: f.write(bytes(1 << 20))", "failed: OSError: [Errno 28]"),
+    "many files": ("for i in range(100):\n with open(str(i), 'wb') as f: f.write(bytes(1 << 20))", "failed: OSError: [Errno 28]"),
     "endless output": ("import sys\nwhile True: print('passed' * 1000); sys.stderr.write('passed' * 1000)", "timed out"),
     "much output and a right answer": (f"for i in range(20000): print('x' * 1000)\n{RIGHT}", "passed"),
     "a flood where verdicts are written": ("import os\nwhile True: os.write(3, b'passed')", "failed"),
@@ -181,62 +187,49 @@ HOSTILE = {
     "a million brackets": ("(" * 1_000_000, "failed: "),
     "writing outside": (f"import os, sys\nfor d in {OUTSIDE!r}.split() + [sys.prefix, os.path.dirname(os.__file__)]:\n try: open(d + '/written', 'w')\n except OSError: pass\n else: raise Exception(d)\n{RIGHT}", "passed"),
     "seeing nobody": (f"import os\nassert os.getpid() == 1 and os.getppid() == 0 and [p for p in os.listdir('/proc') if p.isdigit()] == ['1']\n{RIGHT}", "passed"),
-    "seeing no home": (f"import os\nassert not os.path.exists('/root/.bashrc') and not os.listdir('/var/tmp') and not os.path.exists('/run') and not os.path.exists({str(Path.home())!r} + '/.ssh')\n{RIGHT}", "passed"),
+    "seeing no home": (f"import os\nassert not os.path.exists('/root/.bashrc') and not os.path.exists('/run') and not os.path.exists({str(Path.home())!r} + '/.ssh')\n{RIGHT}", "passed"),
     "seeing no environment": (f"import os\nassert not os.environ and not open('/proc/self/environ').read() and not open('/proc/1/environ').read()\n{RIGHT}", "passed"),
     "having no capabilities": (f"assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read() and 'NoNewPrivs:\\t1' in open('/proc/self/status').read()\n{RIGHT}", "passed"),
-    "being nobody to the machine": (f"assert open('/proc/self/uid_map').read().split() == ['0', '{os.geteuid() or 65534}', '1']\n{RIGHT}", "passed"),
     "having 10 MB": (f"import os\ns = os.statvfs('.')\nassert s.f_blocks * s.f_frsize == 10 << 20\n{RIGHT}", "passed"),
     "having no network": (f"import socket\nassert [n for _, n in socket.if_nameindex()] == ['lo']\n{RIGHT}", "passed"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_is_survived_and_judged_rightly(name, shared_sandbox):
+def test_a_hostile_program_is_survived_and_judged_rightly(name, box):
     """Each gets its verdict, leaves nothing running, and the sandbox judges the next programs as if it had not been."""
     text, verdict = HOSTILE[name]
     before = time.monotonic()
-    said = shared_sandbox.run(text, CHECK, "f", 1.0)
+    said = box.run(text, CHECK, "f", 1.0)
     assert said.startswith(verdict), said
-    assert len(processes()) == 2 and time.monotonic() - before < 30
-    assert shared_sandbox.run(RIGHT + "import os\nassert os.listdir('.') == os.listdir('/tmp') == []", CHECK, "f", 10.0) == "passed"
-    assert shared_sandbox.run(WRONG, CHECK, "f", 10.0).startswith("failed: AssertionError")
+    assert len(box.processes()) == 2 and time.monotonic() - before < 30
+    assert box.run(RIGHT + "import os\nassert os.getcwd() == '/var/tmp' and not os.listdir('.')", CHECK, "f", 10.0) == "passed"
+    assert box.run(WRONG, CHECK, "f", 10.0).startswith("failed: AssertionError")
 
 
-@pytest.fixture(scope="module")
-def shared_sandbox():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(E, "PRELUDE", f"# {os.getpid()}\n{E.PRELUDE}")
-    try:
-        box = E.Sandbox()
-    except E.UserError as e:
-        pytest.skip(f"no sandbox here: {e}")
-    finally:
-        patch.undo()
-    yield box
-    box.close()
-    assert not processes()
-
-
-def test_nothing_is_told_of_the_harness(sandbox, monkeypatch):
+def test_nothing_is_told_of_the_harness(box, monkeypatch):
     """The environment and the memory of the process that asks are out of reach; so is anything by its number."""
     monkeypatch.setenv("SECRET_KEY", "sesame-7431")
     text = f"""import ctypes, os
 for pid in ({os.getpid()}, {os.getppid()}):
     assert not os.path.exists(f"/proc/{{pid}}")
-    assert ctypes.CDLL(None).ptrace(16, pid, 0, 0) == -1 and ctypes.CDLL(None).process_vm_readv(pid, 0, 0, 0, 0, 0) == -1
+    assert ctypes.CDLL(None).ptrace(16, pid, 0, 0) == -1
+    try: os.pidfd_open(pid)
+    except ProcessLookupError: pass
+    else: raise Exception(pid)
 for path in ("/proc/self/environ", "/proc/self/cmdline", "/proc/self/mountinfo"):
     assert "sesame-7431" not in open(path).read()
 """
-    assert sandbox(text + RIGHT) == "passed"
+    assert box.run(text + RIGHT, CHECK, "f", 10.0) == "passed"
 
 
-def test_nothing_is_written_outside(sandbox, tmp_path):
+def test_nothing_is_written_outside(box, tmp_path):
     tmp_path.chmod(0o777)
-    assert sandbox(f"import os\ntry: open({str(tmp_path / 'written')!r}, 'w')\nexcept FileNotFoundError: pass\n{RIGHT}") == "passed"
+    assert box.run(f"import os\ntry: open({str(tmp_path / 'written')!r}, 'w')\nexcept FileNotFoundError: pass\n{RIGHT}", CHECK, "f", 10.0) == "passed"
     assert not list(tmp_path.iterdir())
 
 
-def test_no_listener_is_reached(sandbox, tmp_path):
+def test_no_listener_is_reached(box, tmp_path):
     """Loopback, an abstract socket and a socket in a folder, each of which a program without the sandbox reaches."""
     listeners = [socket.create_server(("127.0.0.1", 0))]
     places = [listeners[0].getsockname(), f"\0humaneval-{os.getpid()}", f"/tmp/humaneval-{os.getpid()}.socket"]
@@ -246,57 +239,76 @@ def test_no_listener_is_reached(sandbox, tmp_path):
         listeners[-1].listen()
     os.chmod(places[2], 0o777)
     text = f"import socket\nreached = []\nfor place in {places!r}:\n s = socket.socket(socket.AF_INET if isinstance(place, tuple) else socket.AF_UNIX)\n try: s.connect(place)\n except OSError: continue\n reached.append(place)\n"
-    box = E.Sandbox(unsafe=True)
     try:
-        assert sandbox(text + "def f(): return 1 if not reached else reached") == "passed"
-        assert box.run(text + "def f(): return len(reached) - 2", CHECK, "f", 5.0) == "passed"
+        assert box.run(text + "def f(): return 1 if not reached else reached", CHECK, "f", 10.0) == "passed"
+        with marked(unsafe=True) as open_box:
+            assert open_box.run(text + "def f(): return len(reached) - 2", CHECK, "f", 10.0) == "passed"
     finally:
-        box.close()
         for s in listeners:
             s.close()
         os.unlink(places[2])
 
 
-def test_the_deadline_is_kept_and_the_descendants_die(sandbox):
-    assert sandbox("import os, time\nfor i in range(4):\n if not os.fork(): os.setsid(); time.sleep(600)\ntime.sleep(600)", 0.5) == "timed out"
-    assert len(processes()) == 2
+def test_the_deadline_is_kept_and_the_descendants_die(box):
+    assert box.run("import os, time\nfor i in range(4):\n if not os.fork(): os.setsid(); time.sleep(600)\ntime.sleep(600)", CHECK, "f", 0.5) == "timed out"
+    assert len(box.processes()) == 2
 
 
-def test_a_supervisor_that_is_killed_is_replaced(shared_sandbox):
-    shared_sandbox.process.kill()
-    assert shared_sandbox.run(RIGHT, CHECK, "f", 10.0) == "passed" and len(processes()) == 2
+def test_a_supervisor_that_is_killed_is_replaced(box):
+    box.process.kill()
+    assert box.run(RIGHT, CHECK, "f", 10.0) == "passed" and len(box.processes()) == 2
 
 
-def test_a_killed_harness_leaves_nothing(tmp_path):
-    code = f"import evaluate as E\nE.PRELUDE = '# {os.getpid()}\\n' + E.PRELUDE\nbox = E.Sandbox()\nprint('started', flush=True)\nbox.run('while True: pass', '', 'f', 1.5)"
-    harness = subprocess.Popen([sys.executable, "-c", code], cwd=Path(E.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    if harness.stdout.readline() != "started\n":
-        pytest.skip("no sandbox here")
+def test_a_killed_harness_leaves_nothing(box):
+    mark = f"# killed {os.getpid()} #"
+    code = f"import evaluate as E\nE.PRELUDE = {mark!r} + chr(10) + E.PRELUDE\nbox = E.Sandbox()\nprint('started', flush=True)\nbox.run('while True: pass', '', 'f', 1.5)"
+    harness = subprocess.Popen([sys.executable, "-c", code], cwd=Path(E.__file__).parent, stdout=subprocess.PIPE, text=True)
+    assert harness.stdout.readline() == "started\n"
     time.sleep(0.3)
     harness.kill()
     harness.wait()
+    assert processes(mark)
     until = time.monotonic() + 20
-    while len(processes()) > 0 and time.monotonic() < until:
+    while processes(mark) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not processes()
+    assert not processes(mark)
 
 
-def test_many_workers_keep_the_order(sandbox):
+def uids(box):
+    """What the kernel takes the processes of the sandbox for while a program runs."""
+    runner = threading.Thread(target=box.run, args=("import time\ntime.sleep(60)", CHECK, "f", 2.0))
+    runner.start()
+    seen = {}
+    while runner.is_alive():
+        for pid in box.processes():
+            with contextlib.suppress(OSError):
+                seen[pid] = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4]
+        time.sleep(0.1)
+    return [set(map(int, u)) for u in seen.values()]
+
+
+def test_its_processes_are_nobody_to_the_machine(box):
+    assert uids(box) == 3 * [{os.geteuid() or 65534}]                   # RLIMIT_NPROC does not bind root
+
+
+def test_many_workers_keep_the_order(box):
     jobs = [(RIGHT if i % 3 else WRONG, CHECK, "f") for i in range(40)]
     assert [v == "passed" for v in E.judge(jobs, 4, 10.0)] == [bool(i % 3) for i in range(40)]
     assert E.judge([], 4) == []
 
 
 def _as_user(queue, source):
+    mark = f"# sandbox {os.getpid()} #"
     os.setgroups([])
     os.setgid(1000)
     os.setuid(1000)
     E.inspect.getsource = source.__getitem__
     sys.executable, sys.prefix, sys.base_prefix = "/usr/bin/python3", "/usr", "/usr"
+    E.PRELUDE = f"{mark}\n{E.PRELUDE}"
     try:
         box = E.Sandbox()
-        text = f"assert open('/proc/self/uid_map').read().split() == ['0', '1000', '1'] and 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()\n{RIGHT}"
-        queue.put([box.run(t, CHECK, "f", 1.0) for t in (text, WRONG, *(t for t, _ in HOSTILE.values() if str(os.getppid()) not in t and "uid_map" not in t))])
+        box.processes = lambda: processes(mark)
+        queue.put((uids(box), [box.run(text, CHECK, "f", 1.0) for text, _ in HOSTILE.values()], [box.run(text, CHECK, "f", 10.0) for text in (RIGHT, WRONG)]))
         box.close()
     except E.UserError as e:
         queue.put(str(e))
@@ -304,21 +316,22 @@ def _as_user(queue, source):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
 @pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs an interpreter that every user can read")
-def test_it_works_as_an_ordinary_user(sandbox):
+def test_it_works_as_an_ordinary_user(box):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_as_user, args=(queue, {f: E.inspect.getsource(f) for f in (E.attempt, E.supervise)}))
     child.start()
-    verdicts = queue.get(timeout=120)
+    found = queue.get(timeout=120)
     child.join()
-    if isinstance(verdicts, str) and "no user namespaces" in verdicts:
-        pytest.skip(verdicts)
-    wanted = ["passed", "failed: AssertionError", *(v for t, v in HOSTILE.values() if str(os.getpid()) not in t and "uid_map" not in t)]
-    assert [(v, w) for v, w in zip(verdicts, wanted, strict=True) if not v.startswith(w)] == []
+    if isinstance(found, str) and "no user namespaces" in found:
+        pytest.skip(found)
+    seen, hostile, (right, wrong) = found
+    assert seen == 3 * [{1000}] and right == "passed" and wrong.startswith("failed: AssertionError")
+    assert [(name, said) for (name, (_, verdict)), said in zip(HOSTILE.items(), hostile, strict=True) if not said.startswith(verdict)] == []
 
 
 @pytest.mark.parametrize("kind", ["user", "mount", "pid", "net", "ipc"])
-def test_a_part_that_is_not_to_be_had_is_named(kind, sandbox):
+def test_a_part_that_is_not_to_be_had_is_named(kind, box):
     """A user namespace in which the kernel gives no more namespaces of that kind."""
     file = f"/proc/sys/user/max_{'mnt' if kind == 'mount' else kind}_namespaces"
     code = "import evaluate, data\ndata.run(lambda: evaluate.Sandbox())"
@@ -336,16 +349,13 @@ def test_a_missing_tool_is_named(monkeypatch):
         E.Sandbox()
 
 
-def test_unsafe_judges_all_the_same(tmp_path):
-    box = E.Sandbox(unsafe=True)
-    try:
-        cases = [n for n in HOSTILE if n in ("an endless loop", "catching the timeout", "one great allocation", "sys.exit(0)", "os._exit(0)", "a forged verdict", "a check of its own", "recursion", "a segmentation fault")]
+def test_unsafe_judges_all_the_same():
+    cases = ("an endless loop", "catching the timeout", "one great allocation", "sys.exit(0)", "os._exit(0)", "a forged verdict", "a check of its own", "recursion", "a segmentation fault")
+    with marked(unsafe=True) as box:
         for text, verdict in [(RIGHT, "passed"), (WRONG, "failed: AssertionError"), (f"{RIGHT}open('left', 'w')", "passed"), *(HOSTILE[n] for n in cases)]:
             assert box.run(text, CHECK, "f", 1.0).startswith(verdict), text
-        assert len(processes()) == 1
-    finally:
-        box.close()
-    assert not os.path.exists(box.folder) and not processes()
+        assert len(box.processes()) == 1
+    assert not os.path.exists(box.folder)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------
@@ -377,7 +387,7 @@ def endpoint():
 @pytest.mark.parametrize("unsafe", [False, True])
 def test_the_command_scores_and_records_its_settings(endpoint, tmp_path, unsafe, request):
     if not unsafe:
-        request.getfixturevalue("sandbox")
+        request.getfixturevalue("box")
     url, asked = endpoint
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(3)))
     command = ["evaluate.py", "humaneval", "--endpoint", url, "--endpoint-model", "m", "--data", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--n", "10", "--temperature", "0.8", "--top-p", "0.95",
