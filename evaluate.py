@@ -21,7 +21,6 @@ import platform
 import queue
 import re
 import select
-import shutil
 import string
 import subprocess
 import sys
@@ -194,17 +193,15 @@ def each_model(args, settings):
 
 # --- humaneval --------------------------------------------------------------------------------------------------------------------
 
-CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # those of the paper that brought HumanEval (arXiv 2107.03374, §2.3)
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # of the paper that brought HumanEval, arXiv 2107.03374
 
 
 def read_problems(path):
-    """HumanEval's file, plain or gzipped: [{"task_id", "prompt", "entry_point", "canonical_solution", "test"}]."""
-    fields, problems = ("task_id", "prompt", "entry_point", "canonical_solution", "test"), {}
+    """HumanEval's file, plain or gzipped: [{"task_id", "prompt", "entry_point", "test", …}]."""
+    fields, problems = ("task_id", "prompt", "entry_point", "test"), {}
     for number, problem in numbered_jsonl(path, *fields):
-        if not all(isinstance(problem[k], str) for k in fields):
-            raise UserError(f"{path}:{number}: {', '.join(fields)} must be texts")
-        if problem["task_id"] in problems:
-            raise UserError(f"{path}:{number}: {problem['task_id']} stands there a second time")
+        if not all(isinstance(problem[k], str) for k in fields) or problem["task_id"] in problems:
+            raise UserError(f"{path}:{number}: {', '.join(fields)} must be texts, and no task_id may stand there twice")
         problems[problem["task_id"]] = problem
     if not problems:
         raise UserError(f"{path}: no problems in it")
@@ -219,34 +216,30 @@ def humaneval_prompt(problem, chat):
 
 
 def program_of(problem, text, chat):
-    """The program to be judged. A completion goes on behind the prompt up to the first stop sequence.
+    """The program to be judged: behind the prompt, a completion up to the first stop sequence, or what a chat reply means.
 
-    Of a chat reply the code block that defines the function counts, else the first block, else the text without the prose around
-    it. A whole function stands behind the prompt, whose imports and helpers it may need, and replaces it; a mere body goes on
-    behind it, its indentation restored: chat models drop that of the first line, or of all.
+    Of a reply the first block that defines the function counts (fenced, or else lines that look like code), else the first fenced
+    block, else all. A whole function replaces that of the prompt, whose imports and helpers it may need; a mere body continues it,
+    its indentation restored: chat models drop that of the first line, or of all lines.
     """
     if not chat:
         return problem["prompt"] + cut(text, CODE_STOPS)
-    text = text.replace("\r\n", "\n")
-    head = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
-    blocks = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
-    code = textwrap.dedent(next(filter(head.search, blocks), blocks[0] if blocks else text)) if blocks or head.search(text) else text
-    if found := head.search(code):
-        if not blocks:
-            start = re.search(r"(?m)^(?:import |from |def |async def |class |@)", code)
-            end = re.compile(r"\n(?!\s|[)\]}#@]|def |async def |class |import |from |\Z)").search(code, found.end())
-            code = code[min(start.start() if start else found.start(), found.start()):end.start() if end else None]
-        return problem["prompt"] + "\n\n" + code
-    first, *rest = code.strip("\n").split("\n")
-    below = [line[:len(line) - len(line.lstrip())] for line in rest if line.strip()]
-    if first[:1].strip():                                                   # not indented: was all of the body so, or has the first line alone lost it?
+    text = text.replace("\r\n", "\n") + "\n"
+    fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
+    blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
+    whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
+    for block in filter(whole.search, blocks):
+        return problem["prompt"] + "\n\n" + textwrap.dedent(block)
+    first, *rest = (fenced[0] if fenced else text).strip("\n").split("\n")
+    if first[:1].strip():                                                   # not indented: have all lines lost it, or the first alone?
+        below = [line[:len(line) - len(line.lstrip())] for line in rest if line.strip()]
         least = min(below, key=len, default="")
-        block = bool(below) and below[0] == least and first.rstrip().endswith((":", "(", "[", "{", ","))
-        if not least or block and len(least) < 8:
+        opens = first.rstrip().endswith((":", "(", "[", "{", ",")) and below[:1] == [least]
+        if not least or opens and len(least) < 8:
             first, rest = "    " + first, ["    " + line for line in rest]
         else:
-            first = least[:len(least) // 2 if block else None] + first
-    return problem["prompt"] + cut("\n".join([first, *rest]), () if blocks else CODE_STOPS)
+            first = least[:len(least) // 2 if opens else None] + first
+    return problem["prompt"] + cut("\n".join([first, *rest]), () if fenced else CODE_STOPS)
 
 
 def pass_at_k(n, c, k):
@@ -254,109 +247,101 @@ def pass_at_k(n, c, k):
     return 1.0 if n - c < k else 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def attempt(request, nonce, verdicts, isolated, sure):
-    """Runs in the sandbox, in a process of its own: shuts itself in, executes the program, then its checks, then tells the nonce."""
+# The next three functions run in an interpreter inside the sandbox, which gets their source behind this line. It also imports what
+# programs use, once instead of in every fork.
+INSIDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decimal, fractions, functools, gc, hashlib, heapq, itertools, json, math, operator, os, random, re, resource, secrets, " \
+         "select, signal, statistics, string, sys, time, typing; libc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+def sure(part, result):
+    if result < 0:
+        raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
+
+
+def attempt(request, nonce, verdicts, isolated):
+    """In a process of its own: shuts itself in, executes the program, then its checks, then tells the nonce."""
     try:
-        os.setsid()                                                         # kill(0, …) reaches this program's own processes alone
+        os.setsid()                                                         # kill(0, …) reaches the program's own processes alone
         libc.prctl(1, signal.SIGKILL)                                       # PR_SET_PDEATHSIG
         if isolated:
-            sure("a mount namespace for each program", libc.unshare(0x20000))                                                       # CLONE_NEWNS
-            sure("a tmpfs of 10 MB", libc.mount(b"tmpfs", b"/var/tmp", b"tmpfs", 6, b"size=10m,nr_inodes=1000,mode=700"))            # nosuid, nodev
-            sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 15, None))                                                  # and noexec, read-only
+            sure("a mount namespace a program", libc.unshare(0x20000))      # CLONE_NEWNS
+            sure("a tmpfs of 10 MB", libc.mount(b"tmpfs", b"/var/tmp", b"tmpfs", 6, b"size=10m,nr_inodes=1000,mode=700"))    # 6: nosuid, nodev
+            sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 15, None))                                          # and noexec, read-only
+            sure("dropping capabilities", libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()))        # _LINUX_CAPABILITY_VERSION_3
             os.chdir("/var/tmp")
         for name, value in request["limits"].items():
-            kind = getattr(resource, name)
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
-        if isolated:
-            sure("no capabilities", libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()))
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            resource.setrlimit(getattr(resource, name), 2 * (value if hard == resource.RLIM_INFINITY else min(value, hard),))
         os.environ.clear()
-        os.putenv("OPENBLAS_NUM_THREADS", "1")                              # for numpy, which would start a thread a core; os.environ does not see it
+        os.putenv("OPENBLAS_NUM_THREADS", "1")                              # numpy would start a thread a core; os.environ does not show it
         null = os.open("/dev/null", os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
-        tell, fd = os.write, os.dup2(verdicts, 3)
-        os.closerange(4, 64)                                               # the supervisor has a handful open
+        for to, fd in enumerate((null, null, null, verdicts)):
+            os.dup2(fd, to)
+        os.closerange(4, 64)                                                # the supervisor has a handful open
     except BaseException as e:
         os.write(verdicts, f"{nonce} {e}\n".encode())
         os._exit(1)
+    tell, scope = os.write, {}
     try:
-        scope = {}
-        for text in (request["program"], request["test"]):                  # compiled apart: the program's end cannot decorate or swallow the checks
+        for text in (request["program"], request["test"]):                  # compiled apart: the end of a program cannot decorate or swallow the checks
             exec(compile(text, "<program>", "exec"), scope)
         scope["check"](scope[request["entry_point"]])
-        tell(fd, f"{nonce}\n".encode())
+        tell(3, f"{nonce}\n".encode())
     except BaseException as e:
-        tell(fd, f"{type(e).__name__}: {e}".replace("\n", " ").encode("utf-8", "replace")[:500] + b"\n")
+        tell(3, f"{type(e).__name__}: {e}".replace("\n", " ").encode("utf-8", "replace")[:500] + b"\n")
     finally:
         os._exit(1)
 
 
 def supervise(isolated):
-    """Runs in the sandbox as its first process: for each request on stdin a fork in pid and ipc namespaces of its own, a verdict on stdout."""
-    def sure(part, result):
-        if result < 0:
-            raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
-
+    """The first process of the sandbox: for each request on stdin a fork in namespaces of its own, and a verdict on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if isolated:
         sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 14, None))
-        with open("/proc/sys/user/max_user_namespaces", "w") as f:          # a program cannot make itself a namespace in which it has capabilities
-            f.write("0")
-        with open("/proc/self/oom_score_adj", "w") as f:                    # where memory runs out, the program goes first
-            f.write("1000")
+        for path, value in (("/proc/sys/user/max_user_namespaces", "0"),   # in which a program would have capabilities
+                            ("/proc/self/oom_score_adj", "1000")):          # where memory runs out, programs go first
+            with open(path, "w") as f:
+                f.write(value)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     gc.freeze()
-    print(json.dumps("ready"), flush=True)
+    print('"ready"', flush=True)
     for line in sys.stdin.buffer:
-        request, nonce = json.loads(line), secrets.token_hex(16)
+        request, nonce, said = json.loads(line), secrets.token_hex(16), b""
         verdicts, there = os.pipe()
         if isolated:
-            sure("pid and ipc namespaces for each program", libc.unshare(0x28000000))        # CLONE_NEWPID (of the children), CLONE_NEWIPC
+            sure("pid and ipc namespaces a program", libc.unshare(0x28000000))               # CLONE_NEWPID, for the next fork; CLONE_NEWIPC
         pid = os.fork()
         if not pid:
-            attempt(request, nonce, there, isolated, sure)
-        os.close(there)
+            attempt(request, nonce, there, isolated)
         if isolated:
-            sure("the way back to its own pid namespace", libc.setns(own, 0))
-        said, end = b"", time.monotonic() + request["timeout"]
-        while b"\n" not in said and len(said) < 4096 and (left := end - time.monotonic()) > 0 and select.select([verdicts], [], [], left)[0]:
-            if not (piece := os.read(verdicts, 4096)):
-                break
+            sure("the way back from a pid namespace", libc.setns(own, 0))
+        os.close(there)
+        end = time.monotonic() + request["timeout"]
+        while b"\n" not in said and len(said) < 4096 and select.select([verdicts], [], [], max(0, end - time.monotonic()))[0] and (piece := os.read(verdicts, 4096)):
             said += piece
-        else:
-            piece = None
+        late = time.monotonic() >= end
         os.close(verdicts)
-        if not isolated:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        os.kill(pid, signal.SIGKILL)                                        # the first of its pid namespace: all others in it die with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)                                  # all there is without a sandbox
+        os.kill(pid, signal.SIGKILL)                                        # the first of its pid namespace: the others die with it
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said, whole, _ = said.decode("utf-8", "replace").partition("\n")
+        if said.startswith(nonce) and said != nonce:
+            sys.exit(f"not to be had: {said[len(nonce):]}")
         if said == nonce:
             verdict = "passed"
-        elif said.startswith(nonce):
-            sys.exit(f"not to be had: {said[len(nonce) + 1:]}")
-        elif whole:
-            verdict = f"failed: {said}"
-        elif piece == b"":
-            verdict = f"failed: ended before its checks ({f'signal {-status}' if status < 0 else f'exit status {status}'})"
+        elif whole or said:
+            verdict = f"failed: {said[:500]}"
         else:
-            verdict = "timed out" if len(said) < 4096 else "failed: wrote where verdicts are written"
+            verdict = "timed out" if late else f"failed: ended before its checks ({'signal' if status < 0 else 'exit status'} {abs(status)})"
         print(json.dumps(verdict), flush=True)
 
 
-# What runs in the sandbox's interpreter before them: what they need, and what programs import, loaded once instead of in every fork.
-PRELUDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decimal, fractions, functools, gc, hashlib, heapq, itertools, json, math, operator, os, random, re, resource, secrets, " \
-          "select, signal, statistics, string, sys, time, typing\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-
-# A root of its own: a tmpfs that shows the system's programs and libraries, the interpreter, four devices; all read-only.
+# What the sandbox sees of the machine: the system's programs and libraries, the interpreter, four devices; all read-only.
 SETUP = r"""
 trap 'echo "not to be had: $part" >&2' EXIT
 set -e
-ids=$1 python=$2 source=$3
-shift 3
+ids=$1 python=$2 source=$3; shift 3
 part='a root of its own'
 mount -t tmpfs -o mode=755,size=1m tmpfs /sys
 cd /sys
@@ -365,8 +350,7 @@ for path do
     mkdir -p ".${path%/*}"
     if [ -L "$path" ]; then ln -s "$(readlink "$path")" ".$path"
     elif [ -d "$path" ]; then mkdir -p ".$path"; mount --rbind "$path" ".$path"
-    elif [ -e "$path" ]; then : > ".$path"; mount --bind "$path" ".$path"
-    fi
+    elif [ -e "$path" ]; then : > ".$path"; mount --bind "$path" ".$path"; fi
 done
 [ -e tmp ] || ln -s var/tmp tmp
 mount --rbind /proc proc
@@ -374,7 +358,7 @@ pivot_root . old
 umount -l /old
 part='an unprivileged uid'
 setpriv $ids true
-part='system files that cannot be written'
+part='files that cannot be written'
 while read -r _ _ _ _ point options _; do
     case $point in /proc*) ;; *) mount -o "remount,bind,$options,ro" "$(printf %b "$point")" ;; esac
 done < /proc/self/mountinfo
@@ -385,69 +369,57 @@ exec env -i setpriv $ids --no-new-privs unshare --user --map-root-user --mount -
 class Sandbox:
     """Judges programs from language models, one after another, each shut in anew.
 
-    util-linux's `unshare` and `setpriv` start one supervisor, in user, mount, pid, network and ipc namespaces of its own: no
+    util-linux's `unshare` and `setpriv` start one supervisor in user, mount, pid, network and ipc namespaces of its own: no
     network but a loopback that is down; a root that shows the system's programs, the interpreter and four devices, read-only, and
-    nothing else of the machine (no home, no sockets of services); an uid without rights outside, `nobody` where root starts it;
-    no_new_privs, an empty environment. The supervisor has capabilities inside these walls alone. For every program it forks a
-    process that, before it executes a line of the program, has further pid, mount and ipc namespaces (it sees itself as process 1
-    and nobody else), a fresh /proc, a 10 MB tmpfs, limits, no capabilities, no file open but /dev/null and the pipe for its
-    verdict. At the deadline, or once it has spoken, it is killed, and with it, being process 1, every descendant; its tmpfs and
-    ipc objects go with its namespaces.
+    nothing else (no home, no sockets of services); an uid without rights outside, `nobody` where root starts it; no_new_privs; an
+    empty environment. Its capabilities end at these walls. For every program it forks a process that, before it executes a line of
+    the program, has pid, mount and ipc namespaces of its own (it sees itself as process 1, and nobody else), a fresh /proc, a 10 MB
+    tmpfs, limits, no capabilities, no file open but /dev/null and the pipe for its verdict. When it has spoken, or at the deadline,
+    it is killed, and being process 1 every descendant with it; tmpfs and ipc objects go with their namespaces.
 
     "passed" takes a nonce, drawn for each program, that is told only after the checks have run to their end: leaving early,
     printing "passed", raising, catching everything does not tell it. It is in no file, argument, environment or global variable.
 
-    What this does not cover: a program that rewrites the checker inside its own interpreter (walks the frames to the nonce,
-    patches the builtins that the checks call, returns objects that equal everything): it can forge its own verdict, no other's
-    and nothing outside. Faults of the kernel. Memory beyond the address space of PROCESSES processes: System V segments, until
-    the deadline. With unsafe=True nothing but the limits and the deadline holds.
+    Not covered: a program that rewrites the checker inside its own interpreter (walks the frames to the nonce, patches a builtin
+    that the checks call, returns objects that equal everything) forges its own verdict, no other's, and reaches nothing outside.
+    Faults of the kernel. Memory in System V segments, until the deadline. With `unsafe` only deadline and limits hold.
     """
-    MEMORY, FILE, PROCESSES = 1 << 30, 10 << 20, 8
+    LIMITS = {"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 10 << 20, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
+    PROCESSES = 8                                                           # of a program, threads among them
 
     def __init__(self, unsafe=False):
-        self.unsafe, self.process = unsafe, None
-        self.folder = tempfile.mkdtemp() if unsafe else "/"
+        self.unsafe, self.folder = unsafe, tempfile.TemporaryDirectory()     # without a sandbox programs start in it
         self.start()
 
     def start(self):
-        source = PRELUDE + "\n".join(map(inspect.getsource, (attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
-        command, env = [sys.executable, "-I", "-c", source], {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+        source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
+        command, user = [sys.executable, "-I", "-c", source], os.geteuid() != 0
         if not self.unsafe:
-            root = os.geteuid() == 0
-            system = [Path(p) for p in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/gnu", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")]
-            own = {Path(p) for q in (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parent.parent) for p in (q, os.path.realpath(q))}
-            for p in sorted(own):
-                if not any(p.is_relative_to(q) for q in system) and p != Path("/"):
-                    system.append(p)
-            command = ["unshare", "--mount", *([] if root else ["--user", "--map-root-user"]), "sh", "-c", SETUP, "sandbox", "--reuid 65534 --regid 65534 --clear-groups" if root else "",
-                       sys.executable, source, *map(str, system)]
+            shown = "/usr /bin /sbin /lib /lib32 /lib64 /nix /gnu /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom".split()
+            for path in sorted({p for q in (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parent.parent) for p in (str(q), os.path.realpath(q))}):
+                shown += [path] * (path != "/" and not any(Path(path).is_relative_to(p) for p in shown))
+            command = ["unshare", "--mount", *["--user", "--map-root-user"] * user, "sh", "-c", SETUP, "sandbox", "" if user else "--reuid 65534 --regid 65534 --clear-groups", sys.executable, source, *shown]
         self.log = tempfile.TemporaryFile()
         try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, cwd=self.folder, start_new_session=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=self.folder.name, start_new_session=True,
+                                            env={"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"})
         except FileNotFoundError:
-            raise UserError(f"the sandbox needs {command[0]} (util-linux), which is not to be found; --unsafe runs the programs without a sandbox")
+            raise UserError(f"the sandbox needs {command[0]} (util-linux), which is not to be found; --unsafe runs programs without a sandbox")
         if self.heard(60) != "ready":
-            self.refuse()
+            self.stop()
+            self.log.seek(0)
+            said = "; ".join(line.removeprefix("OSError: ") for line in self.log.read().decode("utf-8", "replace").splitlines()[-2:])
+            lacking = [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *["--user", "--map-root-user"] * user, f"--{kind}", "true"], capture_output=True).returncode]
+            raise UserError(f"this machine does not give what the sandbox needs: {' and '.join(f'no {kind} namespaces' for kind in lacking)} ({said}); --unsafe runs programs without a sandbox")
 
     def heard(self, seconds):
-        """The next JSON line of the supervisor; None where it has ended or says nothing for so long."""
+        """What the supervisor says next; None where it has ended or says nothing for so long."""
         line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], seconds)[0] else b""
         return json.loads(line) if line else None
 
-    def refuse(self):
-        self.stop()
-        self.log.seek(0)
-        said = [line.removeprefix("OSError: ") for line in self.log.read()[-2000:].decode("utf-8", "replace").splitlines() if line.strip()][-2:] or ["it does not start"]
-        own = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        lacking = [] if self.unsafe else [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *own, f"--{kind}", "true"], capture_output=True).returncode]
-        raise UserError(f"this machine does not give what the sandbox needs: {', '.join(f'no {kind} namespaces' for kind in lacking[:1 if lacking[:1] == ['user'] else 5])}"
-                        f"{' (' * bool(lacking)}{'; '.join(said)}{')' * bool(lacking)}; --unsafe runs the programs without a sandbox")
-
     def run(self, program, test, entry_point, timeout):
         """"passed", "timed out" or "failed: why" of a program whose check(entry_point) has `timeout` seconds of wall clock."""
-        limits = {"RLIMIT_AS": self.MEMORY, "RLIMIT_FSIZE": self.FILE, "RLIMIT_CPU": math.ceil(timeout) + 1, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
-        if not self.unsafe:
-            limits["RLIMIT_NPROC"] = self.PROCESSES + 2                     # the supervisor and unshare have the same uid
+        limits = {**self.LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1, **({} if self.unsafe else {"RLIMIT_NPROC": self.PROCESSES + 2})}    # unshare and the supervisor have the same uid
         request = json.dumps({"program": program, "test": test, "entry_point": entry_point, "timeout": timeout, "limits": limits})
         for _ in range(2):
             with contextlib.suppress(BrokenPipeError):
@@ -456,31 +428,27 @@ class Sandbox:
                 if (verdict := self.heard(timeout + 30)) is not None:
                     return verdict
             self.stop()
-            self.log.seek(0)
-            if b"not to be had" in self.log.read():
-                self.refuse()
             self.start()
         return "failed: it ended its sandbox, twice"
 
     def stop(self):
         """The supervisor is killed with all that it holds; returns when nothing of it is left."""
-        self.process.kill()                                                 # unshare, or without a sandbox the supervisor
+        self.process.kill()                                                 # unshare, and with it the supervisor
         self.process.stdout.read()                                          # ends when the last that holds it does
         self.process.wait()
-        for f in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                f.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
 
     def close(self):
         self.stop()
-        if self.unsafe:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.cleanup()
 
 
 def judge(jobs, workers, timeout=3.0, unsafe=False):
     """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time."""
     from tqdm import tqdm
-    boxes, free, passed = [], queue.SimpleQueue(), 0
+    boxes, free, verdicts = [], queue.SimpleQueue(), []
 
     def one(job):
         box = free.get()
@@ -493,13 +461,11 @@ def judge(jobs, workers, timeout=3.0, unsafe=False):
             for box in pool.map(lambda _: Sandbox(unsafe), range(min(workers, len(jobs)))):
                 boxes.append(box)
                 free.put(box)
-            verdicts = []
             for verdict in pool.map(one, jobs):
                 verdicts.append(verdict)
-                passed += verdict == "passed"
                 bar.update()
-                bar.set_postfix(passed=f"{passed / len(verdicts):.3f}", refresh=False)
-            return verdicts
+                bar.set_postfix(passed=f"{verdicts.count('passed') / len(verdicts):.3f}", refresh=False)
+        return verdicts
     finally:
         for box in boxes:
             box.close()
@@ -509,29 +475,26 @@ def humaneval(args):
     problems = sample_of(read_problems(args.data), args.limit, args.seed)
     settings = {"shots": 0, "n": args.n, "temperature": args.temperature, "top_p": args.top_p, "stop": "code", "max_new": args.max_new, "deadline": args.deadline, "unsafe": args.unsafe,
                 "python": platform.python_version(), "limit": args.limit, "seed": args.seed, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
-    if args.n > 1 and not args.temperature:
-        raise UserError("--n asks for several samples a problem: they are all alike at --temperature 0")
+    if args.n > 1 and not args.temperature or not args.deadline:
+        raise UserError("--n: at --temperature 0 all samples of a problem are alike" if args.deadline else "--deadline must be more than 0 seconds")
     Sandbox(args.unsafe).close()                                            # a machine without a sandbox is told so before hours of generation
     for model, folder, own, complete in each_model(args, settings):
         chat = own["template"] != "plain"
         asked = [(p, i) for p in problems for i in range(args.n)]
         outputs = complete([humaneval_prompt(p, chat) for p, _ in asked], () if chat else CODE_STOPS, temperature=args.temperature, top_p=args.top_p,
                            seeds=[int(digest(args.seed, p["task_id"], i)[:12], 16) for p, i in asked])
-        programs = [None if text is None else program_of(p, text, chat) for (p, _), text in zip(asked, outputs)]
-        verdicts = iter(judge([(code, p["test"], p["entry_point"]) for (p, _), code in zip(asked, programs) if code is not None], args.workers, args.deadline, args.unsafe))
-        samples, counts = [], {p["task_id"]: [0, 0] for p in problems}
-        for (p, i), text, code in zip(asked, outputs, programs):
-            verdict = "no answer" if code is None else next(verdicts)
-            samples.append({"task_id": p["task_id"], "sample": i, "prompt_hash": digest(humaneval_prompt(p, chat)), "output": text or "", "program": code, "result": verdict, "passed": verdict == "passed",
-                            "failed": code is None})
-            counts[p["task_id"]][0] += code is not None                     # a request that failed is counted, never scored
-            counts[p["task_id"]][1] += verdict == "passed"
-        scored = [(n, c) for n, c in counts.values() if n]
-        metrics = {f"pass@{k}": proportion([pass_at_k(n, c, k) for n, c in scored]) for k in (1, 10, 100) if scored and k <= min(n for n, _ in scored)}
-        failed = sum(s["failed"] for s in samples)
-        if failed:
-            print(f"{model['name']}: {failed} of {len(samples)} samples got no answer and are left out", file=sys.stderr)
-        write_results(folder, "humaneval", {**model, "failed": failed}, metrics, own, samples)
+        samples = [{"task_id": p["task_id"], "sample": i, "prompt_hash": digest(humaneval_prompt(p, chat)), "output": text or "", "failed": text is None} for (p, i), text in zip(asked, outputs)]
+        answered = [(p, s) for (p, _), s in zip(asked, samples) if not s["failed"]]          # a request that failed is counted, never scored
+        verdicts = judge([(program_of(p, s["output"], chat), p["test"], p["entry_point"]) for p, s in answered], args.workers, args.deadline, args.unsafe)
+        counts = {}
+        for (p, s), verdict in zip(answered, verdicts):
+            s |= {"program": program_of(p, s["output"], chat), "result": verdict, "passed": verdict == "passed"}
+            n, c = counts.get(p["task_id"], (0, 0))
+            counts[p["task_id"]] = n + 1, c + s["passed"]
+        metrics = {f"pass@{k}": proportion([pass_at_k(n, c, k) for n, c in counts.values()]) for k in (1, 10, 100) if k <= min((n for n, _ in counts.values()), default=0)}
+        if len(answered) < len(samples):
+            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} samples got no answer and are left out", file=sys.stderr)
+        write_results(folder, "humaneval", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
         show(model["name"], metrics)
 
 

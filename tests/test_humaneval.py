@@ -43,7 +43,7 @@ def marked(unsafe=False):
     """A sandbox whose processes can be told from others by their command line, which holds their source; none of them outlives it."""
     mark = f"# sandbox {os.getpid()}-{next(numbers)} #"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(E, "PRELUDE", f"{mark}\n{E.PRELUDE}")
+        patch.setattr(E, "INSIDE", f"{mark}\n{E.INSIDE}")
         try:
             box = E.Sandbox(unsafe)
         except E.UserError as e:
@@ -261,7 +261,7 @@ def test_a_supervisor_that_is_killed_is_replaced(box):
 
 def test_a_killed_harness_leaves_nothing(box):
     mark = f"# killed {os.getpid()} #"
-    code = f"import evaluate as E\nE.PRELUDE = {mark!r} + chr(10) + E.PRELUDE\nbox = E.Sandbox()\nprint('started', flush=True)\nbox.run('while True: pass', '', 'f', 1.5)"
+    code = f"import evaluate as E\nE.INSIDE = {mark!r} + chr(10) + E.INSIDE\nbox = E.Sandbox()\nprint('started', flush=True)\nbox.run('while True: pass', '', 'f', 1.5)"
     harness = subprocess.Popen([sys.executable, "-c", code], cwd=Path(E.__file__).parent, stdout=subprocess.PIPE, text=True)
     assert harness.stdout.readline() == "started\n"
     time.sleep(0.3)
@@ -291,6 +291,10 @@ def test_its_processes_are_nobody_to_the_machine(box):
     assert uids(box) == 3 * [{os.geteuid() or 65534}]                   # RLIMIT_NPROC does not bind root
 
 
+def test_numpy_is_at_hand(box):
+    assert box.run("import numpy as np\ndef f(): return int((np.eye(50) @ np.eye(50)).sum()) // 50", CHECK, "f", 30.0) == "passed"
+
+
 def test_many_workers_keep_the_order(box):
     jobs = [(RIGHT if i % 3 else WRONG, CHECK, "f") for i in range(40)]
     assert [v == "passed" for v in E.judge(jobs, 4, 10.0)] == [bool(i % 3) for i in range(40)]
@@ -304,7 +308,7 @@ def _as_user(queue, source):
     os.setuid(1000)
     E.inspect.getsource = source.__getitem__
     sys.executable, sys.prefix, sys.base_prefix = "/usr/bin/python3", "/usr", "/usr"
-    E.PRELUDE = f"{mark}\n{E.PRELUDE}"
+    E.INSIDE = f"{mark}\n{E.INSIDE}"
     try:
         box = E.Sandbox()
         box.processes = lambda: processes(mark)
@@ -319,7 +323,7 @@ def _as_user(queue, source):
 def test_it_works_as_an_ordinary_user(box):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_as_user, args=(queue, {f: E.inspect.getsource(f) for f in (E.attempt, E.supervise)}))
+    child = context.Process(target=_as_user, args=(queue, {f: E.inspect.getsource(f) for f in (E.sure, E.attempt, E.supervise)}))
     child.start()
     found = queue.get(timeout=120)
     child.join()
@@ -355,7 +359,7 @@ def test_unsafe_judges_all_the_same():
         for text, verdict in [(RIGHT, "passed"), (WRONG, "failed: AssertionError"), (f"{RIGHT}open('left', 'w')", "passed"), *(HOSTILE[n] for n in cases)]:
             assert box.run(text, CHECK, "f", 1.0).startswith(verdict), text
         assert len(box.processes()) == 1
-    assert not os.path.exists(box.folder)
+    assert not os.path.exists(box.folder.name)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------
