@@ -393,12 +393,13 @@ class Sandbox:
 
     def start(self):
         source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
-        command, user = [sys.executable, "-I", "-c", source], os.geteuid() != 0
+        python, user = Path(sys.executable).parent.resolve() / Path(sys.executable).name, os.geteuid() != 0          # in a venv it is a link: its folder decides
+        command = [python, "-I", "-c", source]
         if not self.unsafe:
             shown = "/usr /bin /sbin /lib /lib32 /lib64 /nix /gnu /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom".split()
-            for path in sorted({p for q in (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parent.parent) for p in (str(q), os.path.realpath(q))}):
+            for path in sorted({p for q in (sys.prefix, sys.base_prefix, python.resolve().parent.parent) for p in (os.path.abspath(q), os.path.realpath(q))}):
                 shown += [path] * (path != "/" and not any(Path(path).is_relative_to(p) for p in shown))
-            command = ["unshare", "--mount", *["--user", "--map-root-user"] * user, "sh", "-c", SETUP, "sandbox", "" if user else "--reuid 65534 --regid 65534 --clear-groups", sys.executable, source, *shown]
+            command = ["unshare", "--mount", *["--user", "--map-root-user"] * user, "sh", "-c", SETUP, "sandbox", "" if user else "--reuid 65534 --regid 65534 --clear-groups", python, source, *shown]
         self.log = tempfile.TemporaryFile()
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=self.folder.name, start_new_session=True,

