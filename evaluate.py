@@ -224,7 +224,7 @@ def program_of(problem, text, chat):
     """
     if not chat:
         return problem["prompt"] + cut(text, CODE_STOPS)
-    text = text.replace("\r\n", "\n") + "\n"
+    text = re.sub(r"\A (?! )", "", text).replace("\r\n", "\n") + "\n"        # a lone space in front is the tokenizer's
     fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
     blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
     whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
@@ -411,7 +411,7 @@ class Sandbox:
             self.log.seek(0)
             said = "; ".join(line.removeprefix("OSError: ") for line in self.log.read().decode("utf-8", "replace").splitlines()[-2:])
             lacking = [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *["--user", "--map-root-user"] * user, f"--{kind}", "true"], capture_output=True).returncode]
-            raise UserError(f"this machine does not give what the sandbox needs: {' and '.join(f'no {kind} namespaces' for kind in lacking)} ({said}); --unsafe runs programs without a sandbox")
+            raise UserError(f"this machine does not give what the sandbox needs: {'; '.join([*(f'no {kind} namespaces' for kind in lacking), said])}; --unsafe runs programs without a sandbox")
 
     def heard(self, seconds):
         """What the supervisor says next; None where it has ended or says nothing for so long."""

@@ -82,7 +82,7 @@ def outcome(text, chat=True, problem=PROBLEM):
     f"```python\n{PROBLEM['prompt']}{BODY}```", f"1. The function:\n\n   ```python\n{textwrap.indent(WHOLE, '   ')}   ```\n", f"```python\nf()\n```\nwhere\n```python\n{WHOLE}```\n```python\nraise SystemExit\n```",
     f"```python\n{BODY}```", f"```python\n{BODY.lstrip()}```", f"```python\n{textwrap.dedent(BODY)}```", BODY, BODY.lstrip(), textwrap.dedent(BODY), BODY + "\n# Example\nf(2)\n",
     f"```python\n{WHOLE}```".replace("\n", "\r\n"), "```python\ndef f():\n    return helper(math.floor(1.5))\n```", f"Here:\n\nfrom math import floor\n\n{WHOLE.replace('return i', 'return floor(i)')}\nDone, I think.",
-    "```python\nfor i in [1]:\n        return i\n```", "```python\nif not 1:\n      return 2\n    return 1\n```", "```python\nif 1:\n\t\treturn 1\n```", "```python\nfor i in [1]:\n    return i\n```", "async_ = 1\n    return async_"])
+    "```python\nfor i in [1]:\n        return i\n```", "```python\nif not 1:\n      return 2\n    return 1\n```", "```python\nif 1:\n\t\treturn 1\n```", f" {WHOLE}", f" import math\n\n{WHOLE}", " return 1", "```python\nfor i in [1]:\n    return i\n```", "async_ = 1\n    return async_"])
 def test_a_program_is_found_in_a_chat_reply(reply):
     assert outcome(reply) == 1
 
