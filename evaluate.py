@@ -296,30 +296,33 @@ CROWD_PAGE = """<!doctype html>
 * { box-sizing: border-box; } [hidden] { display: none !important; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; } #turns { outline: none; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem 1.5rem 0; background: var(--ground); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; } h1 { font-size: 1.25rem; margin: 0; flex: 1 0 14rem; } h2 { font-size: .8rem; font-weight: 600; margin: 0 0 .35rem; }
-progress { width: 100%; height: .3rem; accent-color: var(--accent); } details { margin: .6rem 0 1rem; max-width: 46rem; } summary { cursor: pointer; }
-h2, summary, label, header span, #leave { color: var(--soft); } summary, label, header span, #leave { font-size: .875rem; } #leave { border: 0; background: none; padding: 0; text-decoration: underline; }
+progress { width: 100%; height: .3rem; accent-color: var(--accent); } details { margin: .6rem 0 1rem; max-width: 46rem; } form { max-width: 24rem; } label { display: block; margin: 1rem 0; }
+h2, summary, label, header span, #leave { color: var(--soft); } summary, label, header span, #leave { font-size: .875rem; } summary { cursor: pointer; }
 #turns article { border-left: .2rem solid var(--line); padding-left: 1rem; margin-bottom: 1rem; } #pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
 #pair article { background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; padding: .9rem 1.1rem; min-width: 0; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; unicode-bidi: isolate; overflow: clip; } .text:empty::before { content: "(an empty text)"; color: var(--soft); font-style: italic; }
-.code { font: .875em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-label { display: block; margin: 1rem 0; } input, textarea { display: block; width: 100%; margin-top: .3rem; padding: .5rem .7rem; resize: vertical; }
-button, input, textarea { font: inherit; font-size: 1rem; color: var(--ink); background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; } form { max-width: 24rem; }
-button { padding: .6rem 1.2rem; cursor: pointer; } button:hover { border-color: var(--accent); } kbd { font: .8rem ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: .25rem; padding: .05rem .4rem; margin-right: .5rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; unicode-bidi: plaintext; overflow: clip; } .text:empty::before { content: "(an empty text)"; color: var(--soft); font-style: italic; }
+.code { font: .875em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; } input, textarea { display: block; width: 100%; margin-top: .3rem; padding: .5rem .7rem; resize: vertical; }
+button, input, textarea { font: inherit; font-size: 1rem; color: var(--ink); background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; } button { padding: .6rem 1.2rem; cursor: pointer; }
+button:hover { border-color: var(--accent); } #leave { border: 0; background: none; padding: 0; text-decoration: underline; }
+kbd { font: .8rem ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: .25rem; padding: .05rem .4rem; margin-right: .6rem; }
 nav { position: sticky; bottom: 0; display: grid; grid-template-columns: 1fr 1fr 1fr; gap: .7rem; padding: .8rem 0; background: var(--ground); border-top: 1px solid var(--line); }
-@media (max-width: 46rem) { body { padding: 1rem 1rem 0; } #pair { grid-template-columns: 1fr; } nav { gap: .4rem; } nav button { padding: .6rem .2rem; font-size: .9rem; } } @media (hover: none) { kbd { display: none; } }
+@media (max-width: 46rem) { body { padding: 1rem 1rem 0; } #pair { grid-template-columns: 1fr; } nav button { padding: .7rem 0; } kbd { display: none; } }
 </style>
 <header><h1>Which answer is better?</h1><span id="progress" role="status"></span><button id="leave" hidden>change name</button></header><progress id="bar" value="0" aria-label="progress"></progress>
 <details id="help" open><summary>Instructions</summary><p>You will see a query and two answers to it. Read both, then say which is better as a whole: which one would serve the person who asked better? Choose “equal” where you see
 no difference in quality. Judge the answers, not their length, and do not try to guess who wrote them.</p><p>Where a query belongs to a longer conversation, that stands above it. Texts are shown exactly as they
 were written. You may add a comment before you choose. Each choice is saved at once; you can close the page at any time and go on later under the same name.</p></details>
-<form id="start" hidden><label>Your name, or any name that nobody else uses here<input id="name" maxlength="40" autocomplete="off" required></label><button>Begin</button></form>
+<form id="start" hidden><label>Your name, or any that nobody else uses here<input id="name" maxlength="40" autocomplete="off" required></label><button>Begin</button></form>
 <main id="work" hidden><section id="turns" tabindex="-1"></section>
-<section id="pair"><article><h2>First answer</h2><div class="text" id="first" dir="auto"></div></article><article><h2>Second answer</h2><div class="text" id="second" dir="auto"></div></article></section>
+<section id="pair"><article><h2>First answer</h2><div class="text" id="first"></div></article><article><h2>Second answer</h2><div class="text" id="second"></div></article></section>
 <label>Comment, if you like<textarea id="comment" maxlength="4000" rows="2"></textarea></label>
-<nav><button value="first"><kbd>1</kbd>First is better</button><button value="equal"><kbd>0</kbd>Equal</button><button value="second"><kbd>2</kbd>Second is better</button></nav></main><p id="message" role="alert"></p>
+<nav><button value="first"><kbd>1</kbd>First</button><button value="equal"><kbd>0</kbd>Equal</button><button value="second"><kbd>2</kbd>Second</button></nav></main><p id="message" role="alert"></p>
 <script>
 "use strict";
 const $ = id => document.getElementById(id), keys = {1: "first", 0: "equal", 2: "second"}, names = {user: "Query", assistant: "Earlier answer", system: "Setting"};
+const element = (tag, kind, ...inside) => { const e = document.createElement(tag); e.className = kind; e.append(...inside); return e; };
+// text stays text, every character of it; fenced code has a font of its own
+const spans = text => text.split(/((?:^|\\n)[ \\t]*```[^]*?\\n[ \\t]*```)/).filter(Boolean).map(part => element("span", /^\\s*```/.test(part) ? "code" : "", part));
 let rater = localStorage.getItem("rater"), task = null, since = 0, busy = false;
 
 async function ask(rating) {                     // one request saves a rating and brings the next pair; sent twice, it counts once
@@ -336,46 +339,32 @@ async function ask(rating) {                     // one request saves a rating a
     busy = false;
 }
 
-function write(box, text) {                      // text stays text, every character of it; fenced code has a font of its own
-    box.replaceChildren(...text.split(/((?:^|\\n)[ \\t]*```[^]*?\\n[ \\t]*```)/).filter(Boolean).map((part, i) => element("span", /^\\s*```/.test(part) ? "code" : "", part)));
-}
-
-function element(tag, kind, text) {
-    const e = Object.assign(document.createElement(tag), {className: kind, textContent: text});
-    if (kind === "text") e.dir = "auto", write(e, text);
-    return e;
-}
-
 function show(next) {
     const all = next.done + next.left;
     localStorage.setItem("rater", rater);
-    $("start").hidden = true, $("leave").hidden = false, $("work").hidden = !next.task, $("bar").value = all ? next.done / all : 1;
+    $("start").hidden = true, $("leave").hidden = false, $("help").open = false, $("work").hidden = !next.task, $("bar").value = all ? next.done / all : 1;
     $("progress").textContent = `${rater}: ${next.done} of ${all} rated`;
     $("message").textContent = next.task ? "" : next.left ? "The remaining pairs are on other people’s screens. This page looks again by itself." : "That was the last pair. Thank you! You can close this page.";
-    if (next.done) $("help").open = false;
-    if (!next.task && next.left) setTimeout(ask, 5000);
-    task = next.task;
-    if (!task) return;
-    $("turns").replaceChildren(...next.turns.map(([role, text]) => { const turn = element("article", "", ""); turn.append(element("h2", "", names[role]), element("div", "text", text)); return turn; }));
-    write($("first"), next.answers[0]), write($("second"), next.answers[1]);
-    $("comment").value = "", since = performance.now();
-    $("turns").focus({preventScroll: true}), scrollTo(0, 0);
+    task = next.task ?? "";
+    if (!task) return next.left && setTimeout(ask, 5000);
+    $("turns").replaceChildren(...next.turns.map(([role, text]) => element("article", "", element("h2", "", names[role]), element("div", "text", ...spans(text)))));
+    $("first").replaceChildren(...spans(next.answers[0])), $("second").replaceChildren(...spans(next.answers[1]));
+    $("comment").value = "", since = performance.now(), $("turns").focus({preventScroll: true}), scrollTo(0, 0);
 }
 
 function choose(choice) {                        // the second half of a double click falls on the next pair, which nobody has read yet
     if (choice && task && performance.now() - since > 600) ask({task, choice, comment: $("comment").value});
 }
 
-document.querySelector("nav").addEventListener("click", event => choose(event.target.closest("button")?.value));
-document.addEventListener("keydown", event => {
+document.querySelector("nav").onclick = event => choose(event.target.closest("button")?.value);
+document.onkeydown = event => {
     if (event.key === "Escape") document.activeElement.blur();
-    else if (!event.repeat && !event.ctrlKey && !event.altKey && !event.metaKey && !event.target.matches("input, textarea")) choose(keys[event.key]);
-});
-$("start").addEventListener("submit", event => { event.preventDefault(); rater = $("name").value.trim(); ask(); });
-$("leave").addEventListener("click", () => { localStorage.removeItem("rater"); location.reload(); });
+    else if (!(event.repeat || event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea"))) choose(keys[event.key]);
+};
+$("start").onsubmit = event => { event.preventDefault(); rater = $("name").value.trim(); ask(); };
+$("leave").onclick = () => { localStorage.removeItem("rater"); location.reload(); };
 if (rater) ask(); else $("start").hidden = false;
-</script>
-</html>
+</script></html>
 """
 # Only the page's own script and style, known by their hashes, run and draw, and they speak to no other server.
 CROWD_POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'" + "".join(
@@ -394,10 +383,9 @@ class Study:
     def __init__(self, examples, ratings, file, wanted, lease, secret):
         self.examples, self.file, self.wanted, self.lease, self.secret = examples, file, wanted, lease, secret
         self.lock, self.leases = threading.Lock(), {}                       # {rater: (id, since, until)}, seconds of time.monotonic
-        self.rated = collections.defaultdict(set)                           # {rater: ids}
+        self.rated, self.counts = collections.defaultdict(set), collections.Counter(r["example"] for r in ratings)
         for r in ratings:
             self.rated[r["rater"]].add(r["example"])
-        self.counts = collections.Counter(r["example"] for r in ratings)
 
     def draw(self, what, rater, i):
         return digest(self.secret, what, rater, i)
@@ -408,18 +396,16 @@ class Study:
     def deal(self, rater):
         """What the page shows next: {"done", "left"} and, unless there is nothing (now), {"task", "turns", "answers"}."""
         with self.lock:
-            now = time.monotonic()
-            away = collections.Counter(i for other, (i, _, until) in self.leases.items() if other != rater and until > now and i not in self.rated[other])
+            now, (held, since, until) = time.monotonic(), self.leases.get(rater, (None, 0, 0))
+            away = collections.Counter(i for other, (i, _, end) in self.leases.items() if other != rater and end > now and i not in self.rated[other])
             left = [i for i in self.examples if i not in self.rated[rater] and self.counts[i] < self.wanted]
             free = [i for i in left if self.counts[i] + away[i] < self.wanted]
             state = {"done": len(self.rated[rater]), "left": len(left)}
             if not free:
                 return state
-            held = self.leases.get(rater, (None,))[0]
             i = held if held in free else min(free, key=lambda i: (self.counts[i] + away[i], self.draw("turn", rater, i)))
-            self.leases[rater] = (i, now, now + self.lease)
-        example = self.examples[i]
-        return {**state, "task": self.draw("task", rater, i), "turns": example["turns"], "answers": [example[side] for side in self.order(rater, i)]}
+            self.leases[rater] = (i, since if i == held and until > now else now, now + self.lease)
+        return {**state, "task": self.draw("task", rater, i), "turns": self.examples[i]["turns"], "answers": [self.examples[i][side] for side in self.order(rater, i)]}
 
     def rate(self, rater, task, choice, comment):
         """Write a rating down; a second one of this pair by this rater is passed over. False where the task was never this rater's."""
@@ -427,64 +413,60 @@ class Study:
         with self.lock:
             if i is not None and i not in self.rated[rater]:
                 held, since, _ = self.leases.get(rater, (None, 0, 0))       # seconds are None where the server was restarted in between
-                self.file.append({"rater": rater, "example": i, "order": self.order(rater, i), "choice": choice, "seconds": round(time.monotonic() - since, 2) if held == i else None, "comment": comment})
+                self.file.append({"rater": rater, "example": i, "order": self.order(rater, i), "choice": choice, "comment": comment,
+                                  "seconds": round(time.monotonic() - since, 2) if held == i else None})
                 self.rated[rater].add(i)
                 self.counts[i] += 1
         return i is not None
 
 
 class CrowdHandler(http.server.BaseHTTPRequestHandler):
-    """GET / is the page; POST /next {"rater"[, "task", "choice", "comment"]} saves a rating and answers with the next pair."""
-    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "crowd", "", 60
+    """GET / is the page; POST /next {"rater"[, "task", "choice", "comment"]} saves a rating and answers with the next pair; an error is its text."""
+    protocol_version, server_version, sys_version, timeout, log_message = "HTTP/1.1", "crowd", "", 60, lambda *_: None
 
     def reply(self, status, body):
-        page = isinstance(body, str)
-        data = body.encode() if page else json.dumps(body).encode()         # ASCII: a lone surrogate travels as \uD800
-        self.close_connection |= status >= 400                              # what else it sent was not read
+        kind, data = ("text/html; charset=utf-8", body) if body is CROWD_PAGE else ("application/json", json.dumps(body if status == 200 else {"error": body}))    # ASCII: a lone surrogate travels as \ud800
+        data, self.close_connection = data.encode(), self.close_connection or status != 200                    # a refused request was perhaps not read to its end
         self.send_response(status)
-        for header in ({"Content-Type": "text/html; charset=utf-8" if page else "application/json", "Content-Length": str(len(data)), "Connection": "close" if self.close_connection else "keep-alive",
-                        "Cache-Control": "no-store", "Content-Security-Policy": CROWD_POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}).items():
+        for header in {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close" if self.close_connection else "keep-alive", "Cache-Control": "no-store",
+                       "Content-Security-Policy": CROWD_POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}.items():
             self.send_header(*header)
         self.end_headers()
         self.wfile.write(data)
 
-    def own_page(self):
+    def known_host(self):
         """Asked under a loopback name: a foreign name that was made to point here (DNS rebinding) is refused."""
         return re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", self.headers.get("Host", ""))
 
     def do_GET(self):
-        self.reply(*(403, {"error": "not this server's name"}) if not self.own_page() else (200, CROWD_PAGE) if self.path == "/" else (404, {"error": "no such path"}))
+        self.reply(*(403, "not a name of this server") if not self.known_host() else (200, CROWD_PAGE) if self.path == "/" else (404, "no such path"))
 
     def do_POST(self):
-        refuse, length = lambda status, message: self.reply(status, {"error": message}), self.headers.get("Content-Length", "")
-        if not self.own_page() or self.headers.get("Origin") != f"http://{self.headers['Host']}" or self.headers.get("Content-Type") != "application/json" or self.path != "/next":
-            return refuse(403, "ratings come from this server's own page only")
+        origin, kind, length = (self.headers.get(name, "") for name in ("Origin", "Content-Type", "Content-Length"))
+        if not self.known_host() or origin != f"http://{self.headers['Host']}" or kind != "application/json" or self.path != "/next":
+            return self.reply(403, "ratings come from this server's own page only")
         if not re.fullmatch(r"[0-9]{1,5}", length):
-            return refuse(413, "the request is too long, or does not say how long it is")
+            return self.reply(413, "the request is too long, or does not say how long it is")
         try:
             ask = json.loads(self.rfile.read(int(length)))
             rater, task, choice, comment = ask["rater"].strip().casefold(), ask.get("task"), ask.get("choice"), ask.get("comment", "")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            return refuse(400, "not a request of this page")
+            return self.reply(400, "not a request of this page")
         if not re.fullmatch(r"\w[\w.@ -]{0,39}", rater):
-            return refuse(400, "a name has up to 40 letters, digits, blanks and any of . @ - _")
-        if task is not None:
-            if choice not in CHOICES or not isinstance(comment, str) or len(comment) > 4000:
-                return refuse(400, "a choice is first, equal or second; a comment has up to 4000 characters")
-            try:
-                if not self.server.study.rate(rater, task, choice, comment):
-                    return refuse(409, "this pair belongs to another name or study; load the page anew")
-            except OSError as e:
-                print(f"{self.server.study.file.path}: {e.strerror}; a rating was not saved, and its rater told so", file=sys.stderr)
-                return refuse(500, "it could not be written down; tell the person who runs this study")
+            return self.reply(400, "a name has up to 40 letters, digits, blanks and any of . @ - _")
+        if task is not None and (choice not in CHOICES or not isinstance(comment, str) or len(comment) > 4000):
+            return self.reply(400, "a choice is first, equal or second; a comment has up to 4000 characters")
+        try:
+            if task is not None and not self.server.study.rate(rater, task, choice, comment):
+                return self.reply(409, "this pair belongs to another name or study; load the page anew")
+        except OSError as e:
+            print(f"{self.server.study.file.path}: {e.strerror}; a rating was not saved, and its rater told so", file=sys.stderr)
+            return self.reply(500, "it could not be written down; tell the person who runs this study")
         self.reply(200, self.server.study.deal(rater))
-
-    def log_message(self, *args):
-        pass
 
 
 class CrowdServer(http.server.ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
+    request_queue_size = 128
 
     def handle_error(self, request, address):
         if not isinstance(sys.exc_info()[1], ConnectionError):              # a browser that went away is no news
@@ -505,15 +487,14 @@ def crowd(args):
         if not same_settings(folder / "study.json", "settings", settings):
             write_json(folder / "study.json", {"settings": settings, "model": card_of(args.a, replies), "secret": secrets.token_hex(16), "examples": {i: e["category"] for i, e in examples.items()}})
         file = GrowingFile(folder / "ratings.jsonl")
-        study = Study(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
         try:
             server = CrowdServer(("127.0.0.1", args.port), CrowdHandler)
         except (OSError, OverflowError) as e:
             raise UserError(f"--port {args.port}: {getattr(e, 'strerror', None) or e}")
-        server.study = study
+        server.study = Study(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
         if settings["unmatched"]:
             print(f"{settings['unmatched']} replies have no partner in the other file and are left out", file=sys.stderr)
-        print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {sum(study.counts.values())} are in {folder}/ratings.jsonl; Ctrl-C ends", flush=True)
+        print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {len(file.records)} are in {file.path}; Ctrl-C ends, the same command continues", flush=True)
         server.serve_forever()
 
 
@@ -554,31 +535,28 @@ def crowd_report(folder):
     """Scores over the rated examples. Ratings of one example are not independent: each example gives one number, standard errors are over examples."""
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder}: no study.json in it; `evaluate.py crowd --a F --b F --out {folder}` makes one")
-    study, rated = read_json(folder / "study.json"), collections.defaultdict(list)
-    ratings = read_ratings(folder, study["examples"])
-    for r in ratings:
-        rated[r["example"]].append(r)
+    study, rated, samples = read_json(folder / "study.json"), collections.defaultdict(list), []
+    settings, ratings = study["settings"], read_ratings(folder, study["examples"])
     if not ratings:
         raise UserError(f"{folder}/ratings.jsonl: no ratings in it")
-    samples = []
-    for i in (i for i in study["examples"] if i in rated):
-        votes = {v: sum(r["verdict"] == v for r in rated[i]) for v in VERDICTS}
+    for r in ratings:
+        rated[r["example"]].append(r)
+    for i, mine in rated.items():
+        votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
         verdict, split = majority(votes)
-        samples.append({"id": i, "category": study["examples"][i], "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": int(verdict != "worse"), "at_least_as_good": 1 - votes["worse"] / len(rated[i]),
-                        "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in rated[i]])), "comments": [r["comment"] for r in rated[i] if r.get("comment")]})
+        samples.append({"id": i, "category": study["examples"][i], "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
+                        "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]})
     votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
     jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
     metrics = by_category("majority_at_least_as_good", samples, "majority_at_least_as_good") | by_category("at_least_as_good", samples, "at_least_as_good")
-    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {"split": proportion([s["split"] for s in samples])}
+    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}      # the latter 0 where position has no effect
     metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
-    metrics["first_minus_second"] = proportion([s["first_minus_second"] for s in samples])                              # 0 where position does not matter
     metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
-    write_results(folder, "crowd", study["model"], metrics, {**study["settings"], "data_hash": file_hash(folder / "ratings.jsonl")}, samples)
-    rows = [[" ".join(name.replace("_", " ").split()), "" if m["score"] is None else cell((m["score"], m["stderr"]), False), m["n"]] for name, m in metrics.items()]
-    full = sum(len(r) >= study["settings"]["ratings"] for r in rated.values())
-    text = (f"# {study['settings']['a']} against {study['settings']['b']}, by people\n\n{len(ratings)} ratings by {len({r['rater'] for r in ratings})} raters; of {len(study['examples'])} examples {len(samples)} have a rating and {full} "
-            f"the {study['settings']['ratings']} wanted. A majority is the verdict with the most votes; an example where none has is a split and counts as equal. ± is the standard error over examples.\n\n"
-            + markdown([["", "score", "n"], *rows]))
+    write_results(folder, "crowd", study["model"], metrics, {**settings, "data_hash": file_hash(folder / "ratings.jsonl")}, samples)
+    full = sum(len(mine) >= settings["ratings"] for mine in rated.values())
+    text = (f"# {settings['a']} against {settings['b']}, by people\n\n{len(ratings)} ratings by {len({r['rater'] for r in ratings})} raters; of {len(study['examples'])} examples {len(samples)} have a rating and {full} "
+            f"the {settings['ratings']} wanted. A majority is the verdict with the most votes; an example where none has is a split and counts as equal. ± is the standard error over examples.\n\n"
+            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell(m["score"] is not None and (m["score"], m["stderr"]) or None, False), m["n"]] for name, m in metrics.items())]))
     with atomic(folder / "report.md") as f:
         f.write(text)
     crowd_figure(samples, ratings, folder / "crowd.png")
@@ -586,23 +564,21 @@ def crowd_report(folder):
 
 
 def crowd_figure(samples, ratings, path):
-    """Left: the majority's verdicts over all examples and by category. Right: all ratings, by where the answer of --a stood."""
+    """Left: the majority's verdicts over all examples and by category. Right: single ratings, by where the answer of --a stood."""
     if not (plt := pyplot()):
         return
     groups = [("all", samples), *((c, [s for s in samples if s["category"] == c]) for c in sorted({s["category"] for s in samples} - {""})[:12])]
-    panels = [("majority, by example", [(name, [s["majority"] for s in group]) for name, group in groups]),
-              ("single ratings, by position", [(name, [r["verdict"] for r in ratings if r["order"] == order]) for name, order in (("shown first", "ab"), ("shown second", "ba"))])]
-    height = 1.6 + 0.35 * max(2, len(groups))
+    panels = [("majority", "% of examples", [(name, [s["majority"] for s in group]) for name, group in groups]),
+              ("by position", "% of ratings", [(name, [r["verdict"] for r in ratings if r["order"] == order]) for name, order in (("shown first", "ab"), ("shown second", "ba"))])]
+    height = 1.6 + 0.35 * len(panels[0][2])
     fig, axes = plt.subplots(1, 2, figsize=(9, height))
-    for ax, (title, bars) in zip(axes, panels):
-        left = np.zeros(len(bars))
-        for verdict, colour in zip(VERDICTS, ("#2c6fa8", "#c9c5bc", "#c2452d")):
-            width = np.array([100 * values.count(verdict) / max(1, len(values)) for _, values in bars])
-            ax.barh(range(len(bars)), width, 0.6, left, color=colour, label=verdict)
-            left += width
+    for ax, (title, unit, bars) in zip(axes, panels):
+        shares = np.array([[100 * values.count(v) / max(1, len(values)) for v in VERDICTS] for _, values in bars])
+        for k, colour in enumerate(("#2c6fa8", "#c9c5bc", "#c2452d")):
+            ax.barh(range(len(bars)), shares[:, k], 0.6, shares[:, :k].sum(1), color=colour, label=VERDICTS[k])
         ax.set_yticks(range(len(bars)), [re.sub(r"[^\w .,()-]", "?", f"{name[:24]} ({len(values)})") for name, values in bars])      # `$` would begin a formula
-        ax.invert_yaxis()
-        ax.set(title=title, xlabel="%", xlim=(0, 100))
+        ax.set(ylim=(max(len(bars), len(groups)) - 0.5, -0.5), xlim=(0, 100), xlabel=unit)
+        ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.25 / height, 1, 1))
