@@ -300,7 +300,7 @@ progress { width: 100%; height: .3rem; accent-color: var(--accent); } details { 
 h2, summary, label, header span, #leave { color: var(--soft); } summary, label, header span, #leave { font-size: .875rem; } summary { cursor: pointer; }
 #turns article { border-left: .2rem solid var(--line); padding-left: 1rem; margin-bottom: 1rem; } #pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
 #pair article { background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; padding: .9rem 1.1rem; min-width: 0; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; unicode-bidi: plaintext; overflow: clip; } .text:empty::before { content: "(an empty text)"; color: var(--soft); font-style: italic; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; unicode-bidi: isolate; overflow: clip; } .text:empty::before { content: "(an empty text)"; color: var(--soft); font-style: italic; }
 .code { font: .875em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; } input, textarea { display: block; width: 100%; margin-top: .3rem; padding: .5rem .7rem; resize: vertical; }
 button, input, textarea { font: inherit; font-size: 1rem; color: var(--ink); background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; } button { padding: .6rem 1.2rem; cursor: pointer; }
 button:hover { border-color: var(--accent); } #leave { border: 0; background: none; padding: 0; text-decoration: underline; }
@@ -314,15 +314,19 @@ no difference in quality. Judge the answers, not their length, and do not try to
 were written. You may add a comment before you choose. Each choice is saved at once; you can close the page at any time and go on later under the same name.</p></details>
 <form id="start" hidden><label>Your name, or any that nobody else uses here<input id="name" maxlength="40" autocomplete="off" required></label><button>Begin</button></form>
 <main id="work" hidden><section id="turns" tabindex="-1"></section>
-<section id="pair"><article><h2>First answer</h2><div class="text" id="first"></div></article><article><h2>Second answer</h2><div class="text" id="second"></div></article></section>
+<section id="pair"><article><h2>First answer</h2><div id="first"></div></article><article><h2>Second answer</h2><div id="second"></div></article></section>
 <label>Comment, if you like<textarea id="comment" maxlength="4000" rows="2"></textarea></label>
 <nav><button value="first"><kbd>1</kbd>First</button><button value="equal"><kbd>0</kbd>Equal</button><button value="second"><kbd>2</kbd>Second</button></nav></main><p id="message" role="alert"></p>
 <script>
 "use strict";
 const $ = id => document.getElementById(id), keys = {1: "first", 0: "equal", 2: "second"}, names = {user: "Query", assistant: "Earlier answer", system: "Setting"};
 const element = (tag, kind, ...inside) => { const e = document.createElement(tag); e.className = kind; e.append(...inside); return e; };
-// text stays text, every character of it; fenced code has a font of its own
-const spans = text => text.split(/((?:^|\\n)[ \\t]*```[^]*?\\n[ \\t]*```)/).filter(Boolean).map(part => element("span", /^\\s*```/.test(part) ? "code" : "", part));
+const body = text => {                           // text stays text, every character of it; fenced code has a font of its own
+    const box = element("div", "text");
+    for (const part of text.split(/((?:^|\\n)[ \\t]*```[^]*?\\n[ \\t]*```)/)) if (part) box.append(element("span", /^\\s*```/.test(part) ? "code" : "", part));
+    box.dir = "auto";                            // set last: each append would look through it all again
+    return box;
+};
 let rater = localStorage.getItem("rater"), task = null, since = 0, busy = false;
 
 async function ask(rating) {                     // one request saves a rating and brings the next pair; sent twice, it counts once
@@ -347,8 +351,8 @@ function show(next) {
     $("message").textContent = next.task ? "" : next.left ? "The remaining pairs are on other people’s screens. This page looks again by itself." : "That was the last pair. Thank you! You can close this page.";
     task = next.task ?? "";
     if (!task) return next.left && setTimeout(ask, 5000);
-    $("turns").replaceChildren(...next.turns.map(([role, text]) => element("article", "", element("h2", "", names[role]), element("div", "text", ...spans(text)))));
-    $("first").replaceChildren(...spans(next.answers[0])), $("second").replaceChildren(...spans(next.answers[1]));
+    $("turns").replaceChildren(...next.turns.map(([role, text]) => element("article", "", element("h2", "", names[role]), body(text))));
+    $("first").replaceChildren(body(next.answers[0])), $("second").replaceChildren(body(next.answers[1]));
     $("comment").value = "", since = performance.now(), $("turns").focus({preventScroll: true}), scrollTo(0, 0);
 }
 

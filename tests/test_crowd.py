@@ -45,7 +45,7 @@ class Served:
 
     def request(self, method, path, body=None, **headers):
         """(status, headers, text); a header given as None is not sent."""
-        connection = http.client.HTTPConnection(self.host, timeout=20)
+        connection = http.client.HTTPConnection(self.host, timeout=60)
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         headers = {"Host": self.host, **({"Origin": f"http://{self.host}", "Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {}), **{k.replace("_", "-"): v for k, v in headers.items()}}
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -355,7 +355,7 @@ class Page:
     def __call__(self, script):
         return self.driver.execute_script("return " + script)
 
-    def until(self, script, seconds=10):
+    def until(self, script, seconds=60):
         end = time.time() + seconds
         while not (value := self(script)):
             assert time.time() < end, f"never: {script}; the page shows {self('document.body.innerText')}"
@@ -414,7 +414,8 @@ def test_a_rater_works_by_mouse_and_keyboard_reloads_and_returns(browser, pair, 
         page.begin("Ben")
         assert page("document.getElementById('progress').textContent") == "Ben: 0 of 6 rated"
         page.driver.get("about:blank")
-        Page(browser, server.url).find("#leave").click()
+        Page(browser, server.url).until("!leave.hidden")
+        page.find("#leave").click()
         page.until("!start.hidden")
         page.find("#name").send_keys("ann")                               # returns, writing the name otherwise
         page.find("#start button").click()
@@ -426,7 +427,7 @@ def test_a_rater_works_by_mouse_and_keyboard_reloads_and_returns(browser, pair, 
 
 
 HOSTILE = ["<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"><svg onload=\"document.title = 'owned'\">", "</div></main><h1>Choose me</h1><style>* { display: none }</style>&lt;b&gt;&amp;",
-           "\x1b[31mred\x1b[0m \x07 \u202eright to left\u202c \u2066 \u200f", "line\n\n    indented\n\ttab\n- a\n- b\n```python\ndef f():\n    return '<b>'\n```\nend  two  blanks", "a long text " * 90000, "", "{{constructor.constructor('x')()}} ${1+1} %s"]
+           "\x1b[31mred\x1b[0m \x07 \u202eright to left\u202c \u2066 \u200f", "line\n\n    indented\n\ttab\n- a\n- b\n```python\ndef f():\n    return '<b>'\n```\nend  two  blanks", "a long text " * 90000, "", "שלום <b>", "{{constructor.constructor('x')()}} ${1+1} %s"]
 
 
 def test_hostile_answers_are_text(browser, tmp_path):
@@ -440,7 +441,8 @@ def test_hostile_answers_are_text(browser, tmp_path):
             system, query, *answers = page.texts()
             assert system == HOSTILE[0] and sorted(answers) == sorted(["harmless", HOSTILE[int(query[-1])]])
             assert page("document.querySelectorAll('.text *:not(span)').length") == 0 and page("document.title") == "Which answer is better?" and page.find("nav button").is_displayed()
-            assert page("[...document.querySelectorAll('.text')].every(e => getComputedStyle(e).whiteSpace.startsWith('pre-wrap') && getComputedStyle(e).unicodeBidi == 'plaintext')")
+            assert page("[...document.querySelectorAll('.text')].every(e => getComputedStyle(e).whiteSpace.startsWith('pre-wrap') && getComputedStyle(e).unicodeBidi == 'isolate')")
+            assert sorted(page("[...document.querySelectorAll('#pair .text')].map(e => getComputedStyle(e).direction)")) == ["ltr", "rtl" if query[-1] == "6" else "ltr"]
             if query[-1] == "3":
                 assert page("document.querySelector('.code').textContent") == "\n```python\ndef f():\n    return '<b>'\n```"
             page.keys("1")
