@@ -306,7 +306,7 @@ button, input, textarea { font: inherit; font-size: 1rem; color: var(--ink); bac
 button:hover { border-color: var(--accent); } #leave { border: 0; background: none; padding: 0; text-decoration: underline; }
 kbd { font: .8rem ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: .25rem; padding: .05rem .4rem; margin-right: .6rem; }
 nav { position: sticky; bottom: 0; display: grid; grid-template-columns: 1fr 1fr 1fr; gap: .7rem; padding: .8rem 0; background: var(--ground); border-top: 1px solid var(--line); }
-@media (max-width: 46rem) { body { padding: 1rem 1rem 0; } #pair { grid-template-columns: 1fr; } nav button { padding: .7rem 0; } kbd { display: none; } }
+@media (max-width: 46rem) { body { padding: 1rem 1rem 0; } h1 { flex-basis: 100%; } #pair { grid-template-columns: 1fr; } nav button { padding: .7rem 0; } kbd { display: none; } }
 </style>
 <header><h1>Which answer is better?</h1><span id="progress" role="status"></span><button id="leave" hidden>change name</button></header><progress id="bar" value="0" aria-label="progress"></progress>
 <details id="help" open><summary>Instructions</summary><p>You will see a query and two answers to it. Read both, then say which is better as a whole: which one would serve the person who asked better? Choose “equal” where you see
