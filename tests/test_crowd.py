@@ -142,6 +142,29 @@ def test_a_pair_left_alone_goes_to_others_when_its_lease_ends_and_a_late_choice_
     assert study.deal("eve") == {"done": 0, "left": 0}
 
 
+def test_requests_at_the_same_moment_neither_overbook_nor_count_twice(tmp_path):
+    class Slow(E.GrowingFile):                                           # every step long enough for another thread to come between
+        def append(self, record):
+            time.sleep(0.02)
+            super().append(record)
+
+    class SlowStudy(E.Study):
+        def draw(self, *what):
+            time.sleep(0.002)
+            return super().draw(*what)
+    study, got = SlowStudy({"x": {"turns": [], "a": "1", "b": "2"}}, [], Slow(tmp_path / "r"), 3, 100, "secret"), {}
+
+    def at_once(work):
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    at_once(lambda k: got.update({f"r{k}": study.deal(f"r{k}").get("task")}))
+    rater, task = next((r, t) for r, t in got.items() if t)
+    assert sum(t is not None for t in got.values()) == 3
+    at_once(lambda k: study.rate(rater, task, "first", ""))
+    assert len(lines_of(tmp_path / "r")) == 1
+
+
 def test_the_fewest_ratings_come_first_and_nobody_rates_twice(tmp_path):
     study = E.Study({str(i): {"turns": [], "a": "1", "b": "2"} for i in range(8)}, [], E.GrowingFile(tmp_path / "r"), 3, 100, "secret")
     for k in range(16):
