@@ -422,7 +422,8 @@ def test_a_rater_works_by_mouse_and_keyboard_reloads_and_returns(browser, pair, 
         page.shown(1)
         page.find("#comment").send_keys("1 and 2 are\nkeys")              # typed into the comment they choose nothing
         page.keys("\ue00c")                                               # Escape leaves the field
-        page.keys("1")
+        page("new MutationObserver(() => document.body.dispatchEvent(new KeyboardEvent('keydown', {key: '2', bubbles: true}))).observe(progress, {childList: true})")
+        page.keys("1")                                                    # and a key the very moment each next pair appears, before anybody can have read it
         page.shown(2)
         page.keys("0")
         page.shown(3)
@@ -434,6 +435,7 @@ def test_a_rater_works_by_mouse_and_keyboard_reloads_and_returns(browser, pair, 
         assert [r["choice"] for r in ratings] == ["second", "first", "equal", "first", "second"] and [r["comment"] for r in ratings] == ["", "1 and 2 are\nkeys", "", "", ""]
         assert ratings[0]["example"] == before[0][-1] and (before[1].split()[0] == "ours") == (ratings[0]["order"] == "ab") and all(0.6 < r["seconds"] < 30 for r in ratings)
         page.find("#leave").click()                                       # another rater in between, at the same browser
+        page.until("!document.getElementById('start').hidden && work.hidden")
         page.begin("Ben")
         assert page("document.getElementById('progress').textContent") == "Ben: 0 of 6 rated"
         page.driver.get("about:blank")
@@ -519,6 +521,7 @@ def test_the_page_fits_its_window(width, browser, tmp_path):
             page.begin("Ann")
             first, second = (page.find(f"#{n}").rect for n in ("first", "second"))
             assert (first["y"] == second["y"]) == (width > 500) and page("document.documentElement.scrollWidth") <= width
+            assert page("[...document.querySelectorAll('.text span')].every(e => e.getBoundingClientRect().right <= innerWidth)")                              # long lines are broken, not cut off
             assert page("(box => box.bottom <= innerHeight && box.right <= innerWidth)(document.querySelector('nav').getBoundingClientRect())")        # the choices are always in sight
         finally:
             browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
