@@ -6,7 +6,7 @@ import re
 import pytest
 
 import data
-from conftest import ROOT, lines_of, one_line, program
+from conftest import lines_of, one_line, program
 
 
 @pytest.fixture(scope="module")
