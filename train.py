@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py --model llama7b --data data/sharegpt-mix/llama7b --out runs/llama7b
 
+NQ-synthetic has a recipe of its own, which is ours: its 0.3M tokens would be 4.6 packed steps, so each of the 6,000 pairs is a
+row, 188 steps with a warm-up of six: --one-per-row --warmup 3%.
+
 In this file:
     recipe         flags and their defaults, the learning-rate schedule
     data order     which blocks make up a step, replayed text among them; each token's weight in the loss
