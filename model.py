@@ -432,6 +432,27 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class _RMSNorm(torch.autograd.Function):
+    """y = g x / rms(x) on a CPU, keeping x and 1 / rms(x) alone: torch's is a chain of operations there that keeps several float32 copies of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = x.float()
+        scale = (x32.square().mean(-1, keepdim=True) + eps).rsqrt_()                        # (…, 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale                                                                    # float32: scale is
+        d = dy * unit
+        dw = d.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = d.mul_(weight).mean(-1, keepdim=True)
+        return (dy * weight).sub_(unit.mul_(mean)).mul_(scale).to(x.dtype), dw, None
+
+
 class Norm(nn.Module):
     """RMSNorm (x / rms(x) · g) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
 
@@ -444,7 +465,9 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.kind == "layer":
             return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        if x.is_cuda:                                                                       # one kernel, float32 inside, which keeps x alone
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rotary_frequencies(c):
@@ -558,6 +581,21 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))                                           # (B, T, C)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(a) · b, keeping a and b alone."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * b, a), F.silu(a).mul_(dy)
+
+
 class MLP(nn.Module):
 
     def __init__(self, c, tp):
@@ -571,9 +609,9 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate_up is not None:
             gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * up)
+            return self.down(_SwiGLU.apply(gate, up))
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.down(_SwiGLU.apply(self.gate(x), self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
@@ -724,8 +762,8 @@ def log_softmax(z, tp):
 class _CrossEntropy(torch.autograd.Function):
     """loss = Σ w (log Σ exp z − z_target), z = h Wᵀ in chunks; the gradient is made while a chunk's logits are at hand.
 
-    dz = w (softmax z − onehot), dh = dz W, dW = dzᵀ h: three products and no (positions, vocabulary) tensor beyond one chunk.
-    With a base model's p: + β Σ w KL(p‖softmax z), over the base's own vocabulary; its dz is β w (softmax z − p) there.
+    dz = softmax z − onehot, dh = w dz W, dW = dzᵀ (w h): three products and no (positions, vocabulary) tensor beyond one chunk.
+    With a base model's p: + β Σ w KL(p‖softmax z), over the base's own vocabulary; its dz is β (softmax z − p) there.
     """
 
     @staticmethod
@@ -739,23 +777,23 @@ class _CrossEntropy(torch.autograd.Function):
             piece = slice(at, at + chunk)
             z, scale = (h[piece] @ matrix.T).float(), w[piece, None]                        # (chunk, V)
             target = targets[piece, None] - first
-            mine = scale * ((target >= 0) & (target < len(matrix)))                         # weight of the targets among this rank's rows
+            mine = ((target >= 0) & (target < len(matrix))).float()                         # is the target among this rank's rows?
             target = target.clamp(0, len(matrix) - 1)
             log_p = log_softmax(z, tp)
-            loss -= (mine * log_p.gather(1, target)).sum()
-            dz = log_p.exp_().mul_(scale).scatter_add_(1, target, -mine)
+            loss -= (scale * mine * log_p.gather(1, target)).sum()
+            dz = log_p.exp_().scatter_add_(1, target, -mine)
             if base:
                 states, base_weight, vocabulary = base
                 known = max(0, min(vocabulary - first, len(matrix)))                        # this rank's rows that the base has
                 log_m, log_b = log_softmax(z[:, :known], tp), log_softmax((states[piece] @ base_weight[:known].T).float(), tp)
                 kl += (scale * log_b.exp() * (log_b - log_m)).sum()
-                dz[:, :known] += beta * scale * (log_m.exp_() - log_b.exp_())
+                dz[:, :known] += beta * (log_m.exp_() - log_b.exp_())
             if need_h or need_w:
                 dz = dz.to(h.dtype)
             if need_h:
-                dh[piece] = dz @ matrix
+                torch.mul(dz @ matrix, scale, out=dh[piece])
             if need_w:
-                dw += dz.T @ h[piece]
+                dw += dz.T @ (h[piece] * scale).to(h.dtype)
         if tp.size > 1:
             dist.all_reduce(loss, group=tp.group)
             dist.all_reduce(kl, group=tp.group)
@@ -764,9 +802,9 @@ class _CrossEntropy(torch.autograd.Function):
         return loss + beta * kl, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, _):
-        dh, dw = ctx.saved_tensors
-        return dh * g if dh is not None else None, dw * g if dw is not None else None, None, None, None, None, None, None, None
+        return *(x if x is None else x.mul_(g) for x in ctx.saved_tensors), *[None] * 7
 
 
 def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=0, base=None, beta=0.0):
@@ -776,7 +814,7 @@ def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=
     base: (states (N, C), output weight (V, C) or this rank's rows, vocabulary) of a model to stay close to; then (loss + β · KL, KL)
     with KL = Σ w · KL(base‖model).
     """
-    loss, kl = _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << 26) // weight.shape[0])), tp, first, base, beta)
+    loss, kl = _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << (26 if h.is_cuda else 24)) // weight.shape[0])), tp, first, base, beta)
     return (loss, kl) if base else loss
 
 

@@ -295,7 +295,7 @@ def plan(args, config, world, compute, path, loss_share=1.0):
            "gathered": (root + 2 * one) * size + (root + one) * (size + 4) if shards > 1 else 0,               # two blocks under way, one block's and the root's gradients
            "activations": ends + loss + (config.n_layer * rows * args.block * config.n_embd * size if args.recompute else config.n_layer * block),
            "working": max(chunk, block)}                                                                       # one block's gradients, or its recomputed activations
-    step = 4 * mine                                                    # the optimizer's one temporary, when the activations are gone
+    step = min(4 * mine, 1 << 30)                                      # the optimizer's one temporary, when the activations are gone
     out["peak"] = out["weights"] + out["gradients"] + out["optimizer"] + out["frozen base"] + max(out["gathered"] + out["activations"] + out["working"], step)
     return out
 
@@ -398,30 +398,47 @@ class Optimizer:
         norm = math.sqrt(sum(self.squares(g)))
         if not math.isfinite(norm):
             return norm
-        if norm > self.clip:
-            torch._foreach_mul_(g, self.clip / norm)
+        clip, scales = min(1.0, self.clip / norm) if norm else 1.0, self.magnitudes(p) if self.kind == "scaled" else [1.0] * len(p)
+        for *piece, scale in self.pieces(p, m, v, g, scales):
+            self.update(*piece, scale, clip, t, lr)
+        for x in self.params:
+            x.grad = None
+        return norm
+
+    def pieces(self, p, m, v, g, scales):
+        """Lists of tensors to be updated together: on a GPU some whole ones, on a CPU slices that stay in its cache from one operation to the next."""
+        if p[0].device.type == "cpu":
+            for *tensors, scale in zip(p, m, v, g, scales):
+                for piece in zip(*(x.reshape(-1).split(1 << 20) for x in tensors)):
+                    yield *([x] for x in piece), [scale]
+        else:
+            at = 0
+            while at < len(p):
+                end = at + 1
+                while end < len(p) and sum(x.numel() for x in p[at:end + 1]) < 1 << 28:      # bounds the one temporary
+                    end += 1
+                yield tuple(xs[at:end] for xs in (p, m, v, g, scales))
+                at = end
+
+    def update(self, p, m, v, g, scale, clip, t, lr):
+        """The formulas above, g not yet clipped."""
+        d = 1 - (t + 1) ** -0.95 if self.kind == "scaled" else 0.95
+        torch._foreach_mul_(v, d)
+        torch._foreach_addcmul_(v, g, g, (1 - d) * clip**2)
         if self.kind == "scaled":
-            d = 1 - (t + 1) ** -0.95
-            torch._foreach_mul_(v, d)
-            torch._foreach_addcmul_(v, g, g, 1 - d)
             torch._foreach_add_(v, (1 - d) * 1e-30)
-            torch._foreach_div_(g, torch._foreach_sqrt(v))
-            torch._foreach_mul_(g, [lr * scale for scale in self.magnitudes(p)])
-            torch._foreach_lerp_(m, g, 0.1)
+            torch._foreach_mul_(m, 0.9)
+            torch._foreach_addcdiv_(m, g, torch._foreach_sqrt(v), [0.1 * clip * lr * x for x in scale])
             torch._foreach_mul_(p, 1 - lr * self.weight_decay)
             torch._foreach_sub_(p, m)
         else:                                                          # Loshchilov & Hutter 2019; betas 0.9, 0.95
-            torch._foreach_lerp_(m, g, 0.1)
-            torch._foreach_mul_(v, 0.95)
-            torch._foreach_addcmul_(v, g, g, 0.05)
+            torch._foreach_mul_(m, 0.9)
+            torch._foreach_add_(m, g, alpha=0.1 * clip)
             root = torch._foreach_sqrt(v)
             torch._foreach_div_(root, math.sqrt(1 - 0.95 ** (t + 1)))
             torch._foreach_add_(root, 1e-8)
             torch._foreach_mul_(p, 1 - lr * self.weight_decay)
             torch._foreach_addcdiv_(p, m, root, -lr / (1 - 0.9 ** (t + 1)))
-        for x in self.params:
-            x.grad = None
-        return norm
 
     def squares(self, tensors):
         """Σ x² of each whole tensor."""
