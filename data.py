@@ -45,6 +45,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 # --- errors, files, command lines ---------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def dying_with_parent():
     return lambda: libc.prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
 
 
-# --- tokenizers ----------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
 
 SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
 
@@ -445,14 +446,9 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
-        text, piece, silent = [], [], {self.bos, self.eos, *self.added.values(), *self.silent}
-        for i in (*ids, self.eos):
-            if i < self.n_base and i not in silent:
-                piece.append(int(i))
-            elif piece:
-                text.append(self._decode(piece))
-                piece = []
-        return "".join(text)
+        silent = {*self.names, *self.silent}
+        runs = itertools.groupby(map(int, ids), lambda i: i < self.n_base and i not in silent)
+        return "".join(self._decode(list(run)) for has_text, run in runs if has_text)
 
 
 class Words(dict):
@@ -577,6 +573,17 @@ def tokenizer_json(sp, added):
                       "ignore_merges": False, "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
 
 
+def ends_of(files, names):
+    """{"bos_token": name, "eos_token": name}, those that the files of a checkpoint name or give the ids of; `names`: {name: id} of the vocabulary."""
+    by_id, ends = {i: name for name, i in names.items()}, {}
+    for values, end in itertools.product(files, ("bos_token", "eos_token")):
+        name, i = values.get(end), values.get(f"{end}_id")
+        name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
+        if found := name if name in names else by_id.get(i):
+            ends.setdefault(end, found)
+    return ends
+
+
 class JSONTokenizer(Tokenizer):
     """A tokenizer.json (LLaMA 3, SmolLM2) through the `tokenizers` package.
 
@@ -593,13 +600,7 @@ class JSONTokenizer(Tokenizer):
         self.silent = frozenset(t["id"] for t in listed if t["special"])
         self.n_base = 1 + max(i for name, i in names.items() if name not in self.added)
         files = {name: read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (folder / name).is_file()}
-        by_id, ends = {i: name for name, i in names.items()}, {}
-        for d in files.values():                           # they name bos and eos, or give their ids
-            for end in ("bos_token", "eos_token"):
-                name, i = d.get(end), d.get(f"{end}_id")
-                name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
-                if found := name if name in names else by_id.get(i):
-                    ends.setdefault(end, found)
+        ends = ends_of(files.values(), names)
         ends.setdefault("eos_token", "<|endoftext|>")      # GPT-2's files do not say
         ends.setdefault("bos_token", ends["eos_token"])
         if ends["eos_token"] not in names:
@@ -714,6 +715,16 @@ def tokenizer_files(folder):
     return next((names for names in TOKENIZER_FILES if all((Path(folder) / name).is_file() for name in names)), ())
 
 
+def gpt2_spec(vocab, merges):
+    """The tokenizer.json of a vocabulary beside the file `merges`."""
+    added = merges.with_name("added_tokens.json")
+    added = {name: vocab[name] for name in ("<|endoftext|>",) if name in vocab} | (read_json(added) if added.is_file() else {})
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in added.items()],
+            "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                      "merges": [line for number, line in read_lines(merges) if line and not (number == 1 and line.startswith("#version"))]}}
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or of one of them given by name)."""
     folder = Path(folder)
@@ -725,12 +736,7 @@ def load_tokenizer(folder):
         return SentencePieceTokenizer(folder)
     spec = read_json(folder / files[0])
     try:
-        if len(files) == 2:
-            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: i for name, i in spec.items() if name == "<|endoftext|>"} | added).items()]
-            merges = [line for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
-            spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
-                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": spec, "merges": merges}}
+        spec = gpt2_spec(spec, folder / files[1]) if len(files) == 2 else spec
         model, words = spec["model"], spec.get("pre_tokenizer") or {}
         if model.get("type", "BPE") != "BPE":
             raise UserError(f"{folder}/tokenizer.json: a tokenizer of type {model['type']!r}; only BPE is read")
@@ -766,7 +772,7 @@ def cut(text, stops):
     return text
 
 
-# --- conversations -> ids ------------------------------------------------------------------------------------------------
+# --- conversations -> ids -----------------------------------------------------------------------------------------------
 
 def turns_of(messages):
     """(role, content) with a system message joined to the query that follows it: neither template has a place for one."""
@@ -903,7 +909,7 @@ def read_questions(path):
     return rows
 
 
-# --- corpora -------------------------------------------------------------------------------------------------------------
+# --- corpora ------------------------------------------------------------------------------------------------------------
 
 def json_records(path, strict=False):
     """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file.
@@ -1016,7 +1022,7 @@ SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations
            "other": "any other set, told by its fields: messages, instruction/input/output (Alpaca), post/summary (tl;dr), text; or plain text, .txt, a document a paragraph"}
 
 
-# --- mix: ShareGPT-Mix (§3.1, appendix A) ---------------------------------------------------------------------------------
+# --- mix: ShareGPT-Mix (§3.1, appendix A) -------------------------------------------------------------------------------
 
 class _Markdown(html.parser.HTMLParser):
     """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
@@ -1089,7 +1095,9 @@ def join_pieces(dialogues):
 
 
 def language_filter(confidence):
-    """A function text -> True where another language than English is identified with at least `confidence`."""
+    """A function text -> True where another language than English is identified with at least `confidence`; None lets all pass."""
+    if confidence is None:
+        return lambda text: False
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -1102,7 +1110,7 @@ def language_filter(confidence):
     return foreign
 
 
-def keep_or_reason(messages, foreign=None, mentions=None):
+def keep_or_reason(messages, foreign, mentions):
     """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may match."""
     if None in messages:
         return None, "malformed"
@@ -1114,14 +1122,14 @@ def keep_or_reason(messages, foreign=None, mentions=None):
         return None, "empty"
     if mentions and any(mentions.search(m["content"]) for m in messages):
         return None, "mention"
-    if foreign and foreign("\n".join(m["content"] for m in messages)):
+    if foreign("\n".join(m["content"] for m in messages)):
         return None, "not English"
     return messages, None
 
 
 def mixer(confidence, mentions):
-    """What each process of `mix` does with a dialogue; `confidence` None keeps all languages."""
-    foreign = None if confidence is None else language_filter(confidence)
+    """What each process of `mix` does with a dialogue."""
+    foreign = language_filter(confidence)
 
     def judge(dialogue):
         name, key, messages, pieces = dialogue
@@ -1152,7 +1160,6 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
     within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
     `held_out`: a file of prompts; dialogues with a query like one of them are dropped (ours).
     """
-    from tqdm import tqdm
     unit, length = measure(tokenizer)
     table = {name: {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0} for name, _ in sources}
     workers = workers or (os.cpu_count() if sum(os.stat(path).st_size for _, path in sources) > 20 << 20 else 1)      # the language filter is most of the work
@@ -1193,7 +1200,17 @@ def print_table(rows):
         print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
-# --- BLEU between queries: diversity (§3.1), held-out prompts ------------------------------------------------------------
+def print_mix(table):
+    """What `mix` returns, a row a source, and all together where there are several."""
+    if len(table) > 1:
+        rows = list(table.values())
+        table["all"] = {k: sum((row[k] for row in rows), type(v)()) for k, v in rows[0].items()}
+    reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
+    flat = [{"source": name, "in": row["in"], "kept": row["kept"], **dict.fromkeys(reasons, 0), **row["dropped"], **{k: n for k, n in row.items() if k not in ("in", "kept", "dropped")}} for name, row in table.items()]
+    print_table([list(flat[0]), *(list(row.values()) for row in flat)])
+
+
+# --- BLEU between queries: diversity (§3.1), held-out prompts -----------------------------------------------------------
 
 def bleu_tokens(text):
     """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
@@ -1295,7 +1312,6 @@ def diversity(path, first_turn=False, workers=None):
     Not stated in the paper: the variant of BLEU, and what a query is. Ours: the distinct normalised user turns, or first turns;
     their exact twins are only counted.
     """
-    from tqdm import tqdm
     turns = [normalize_query(q) for _, _, messages in conversations(path) for q in queries_of(messages)[:1 if first_turn else None]]
     queries = list(dict.fromkeys(filter(None, turns)))
     if len(queries) < 2:
@@ -1347,7 +1363,7 @@ CODING = re.compile(   # code itself (a fence, statements, closing tags, calls),
     r"|\b(?:source|following|this|that|my|some|sample|example|write|the|of|in|your) code\b(?! of)|\b(?:pseudo-?code|codebase|debug|refactor|programming language|unit tests?|write an? (?:\w+ )?(?:function|program|algorithm))\b", re.I | re.M)
 
 
-def held_out(prompts, train, n, out, foreign, seed=0):
+def held_out(prompts, train, n, out, confidence, seed=0):
     """The prompts of the human evaluation: empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
 
     Writes them in the order of the file, as conversations, and `dropped.jsonl` beside them. Not stated in the paper: how coding was told.
@@ -1356,10 +1372,10 @@ def held_out(prompts, train, n, out, foreign, seed=0):
     queries, examples = [queries_of(r["messages"]) for r in records], [queries_of(messages) for _, _, messages in conversations(train)]
     if not examples:
         raise UserError(f"{train}: no conversations in it, nothing to hold the prompts against")
-    near = too_similar(queries, examples)[0]
+    near, foreign = too_similar(queries, examples)[0], language_filter(confidence)
 
     def reason(i, text):
-        return ("empty" if not text.strip() else "not English" if foreign and foreign(text) else "coding" if CODING.search(text) else
+        return ("empty" if not text.strip() else "not English" if foreign(text) else "coding" if CODING.search(text) else
                 "like a training query" if i in near else "kept")
     reasons = [reason(i, "\n".join(q)) for i, q in enumerate(queries)]
     for i in np.random.default_rng(seed).permutation([i for i, why in enumerate(reasons) if why == "kept"])[n:]:
@@ -1369,7 +1385,7 @@ def held_out(prompts, train, n, out, foreign, seed=0):
     return {"in": len(records), **{why: reasons.count(why) for why in ("empty", "not English", "coding", "like a training query", "not drawn", "kept")}}
 
 
-# --- pack ------------------------------------------------------------------------------------------------------------------
+# --- pack ---------------------------------------------------------------------------------------------------------------
 
 def packer(folder, template):
     """What each process of `pack` does with a JSON line: (id, ids as bytes, loss mask as bytes)."""
@@ -1388,7 +1404,6 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
     The order of conversations is a permutation drawn from `seed` alone, the same for every tokenizer, so that a prefix of
     the stream is a nested subset. Bytes do not depend on the number of `workers`.
     """
-    from tqdm import tqdm
     for _ in conversations(path, text=True):               # a malformed line is found before anything is written
         pass
     tokenizer = load_tokenizer(tokenizer_folder).add(SPECIAL[template])
@@ -1396,6 +1411,8 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
     if same_settings(Path(out) / "meta.json", "settings", settings):
         print(f"{out}: packed already")
         return read_json(Path(out) / "meta.json")
+    if str(path).endswith(".gz"):
+        raise UserError(f"{path}: pack reads lines in another order than the file's; unpack it first with: gunzip {path}")
     with open(path, "rb") as f, contextlib.ExitStack() as stack:
         places, at = [], 0
         for line in f:
@@ -1460,11 +1477,10 @@ class Packed:
 
     def row(self, i, length):
         """Conversation i alone: (inputs, targets, loss_mask) of (length,), cut off or padded with zeros without loss."""
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.tokens)
+        start, end = [*self.starts[i:i + 2], len(self.tokens)][:2]
         tokens, mask = np.zeros(length + 1, self.tokens.dtype), np.zeros(length + 1, np.uint8)
-        n = min(length + 1, end - self.starts[i])
-        tokens[:n] = self.tokens[self.starts[i]:self.starts[i] + n]
-        mask[:n] = self.loss_mask[self.starts[i]:self.starts[i] + n]
+        n = min(length + 1, end - start)
+        tokens[:n], mask[:n] = self.tokens[start:start + n], self.loss_mask[start:start + n]
         return tokens[:-1], tokens[1:], mask[1:]
 
 
@@ -1477,35 +1493,31 @@ def inspect(folder, n_blocks, length):
     for b in range(min(n_blocks, max(1, (len(data.tokens) - 1) // length))):
         tokens, mask = data.tokens[b * length:(b + 1) * length], data.loss_mask[b * length:(b + 1) * length]
         print(f"--- block {b}: {len(tokens)} tokens, {int(mask.sum())} with loss")
-        cut = [0, *np.flatnonzero(np.diff(mask)) + 1, len(tokens)]
-        for start, end in zip(cut, cut[1:]):
-            text, at = "", start
-            for i in range(start, end + 1):                 # special tokens by name, the text between them decoded whole
-                if i == end or int(tokens[i]) in names:
-                    text += visible(tokenizer.decode(tokens[at:i])) + (names[int(tokens[i])] if i < end else "")
-                    at = i + 1
-            print(f"{on}{text}{off}" if mask[start] else text, end="")
+        for loss, run in itertools.groupby(zip(tokens.tolist(), mask.tolist()), lambda pair: pair[1]):
+            texts = itertools.groupby((i for i, _ in run), names.__contains__)         # special tokens by name, what is between them decoded whole
+            text = "".join("".join(map(names.get, ids)) if special else visible(tokenizer.decode(ids)) for special, ids in texts)
+            print(f"{on}{text}{off}" if loss else text, end="")
         print()
 
 
-# --- stats: what is in a set ----------------------------------------------------------------------------------------------------
+# --- stats: what is in a set --------------------------------------------------------------------------------------------
 
 def stats(path, tokenizer=None, png=None):
     """Print conversations, turns and lengths of a file of conversations or text, or of packed data; draw the lengths into `png`."""
     if Path(path).is_dir():
         packed = Packed(path)
-        unit, lengths, turns = "tokens", np.diff([*packed.starts, len(packed.tokens)]), {"loss tokens": packed.meta["loss_tokens"]}
+        unit, lengths, rows = "tokens", np.diff([*packed.starts, len(packed.tokens)]), [["loss tokens", packed.meta["loss_tokens"]]]
     else:
         unit, length = measure(tokenizer)
         lengths, turns = [], collections.Counter(user=0, assistant=0)
         for _, _, messages in conversations(path, text=True):
             turns.update(m["role"] for m in messages)
             lengths.append(length(messages))
-        turns = {f"{role} turns" if role != "text" else "plain texts": n for role, n in turns.items()}
+        rows = [["plain texts" if role == "text" else f"{role} turns", n] for role, n in turns.items()]
     if not len(lengths):
         raise UserError(f"{path}: nothing in it")
-    quantiles = {f"{unit}, {name}": int(np.quantile(lengths, q)) for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))}
-    print_table([[path, ""], ["conversations", len(lengths)], *turns.items(), [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles.items()])
+    quantiles = [[f"{unit}, {name}", int(np.quantile(lengths, q))] for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))]
+    print_table([[path, ""], ["conversations", len(lengths)], *rows, [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles])
     if png:
         try:
             import matplotlib
@@ -1557,7 +1569,7 @@ def category_table(path):
                                                   for k in {**CATEGORIES, **counts})]
 
 
-# --- fetch: public sets and base models -----------------------------------------------------------------------------------------
+# --- fetch: public sets and base models ---------------------------------------------------------------------------------
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")          # the hub's own variable for mirrors
 GITHUB = "https://raw.githubusercontent.com"
@@ -1584,7 +1596,6 @@ def download(session, url, path, sha256=None):
     """
     import requests
     import urllib3
-    from tqdm import tqdm
     tries = 0
     while True:
         old = next(path.parent.glob(f"{glob.escape(path.name)}.????????.part"), None)
@@ -1647,21 +1658,23 @@ def fetch(name):
     return folder
 
 
-# --- the program -------------------------------------------------------------------------------------------------------------
+# --- the program --------------------------------------------------------------------------------------------------------
 
 def main():
     parser = Parser(description="Corpora in, packed tokens out.", example="python data.py pack chats.jsonl --tokenizer weights/llama7b --out data/chats")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    p = commands.add_parser("mix", help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
+    language = argparse.ArgumentParser(add_help=False)
+    language.add_argument("--any-language", action="store_true", help="keep what is not English")
+    language.add_argument("--language-confidence", type=real, default=0.8, help="drop what is another language with this probability; not stated in the paper")
+
+    p = commands.add_parser("mix", parents=[language], help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
     for name, text in SOURCES.items():
         p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=text + "; may be given several times")
     p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl beside it says what was dropped and why")
     p.add_argument("--strict", action="store_true", help="a file that breaks off is an error; without it, its whole records are used and the loss is said")
     p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. The paper says query-level")
     p.add_argument("--drop-mentions", metavar="WORDS", help="drop dialogues in which any of these, separated by commas, stands (openai,chatgpt); not stated in the paper, Koala did so")
-    p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
-    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
     p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
     p.add_argument("--held-out", metavar="FILE", help="drop dialogues with a query to which one of these prompts has BLEU > 20%%; not the paper's way, which is `heldout`")
 
@@ -1671,14 +1684,12 @@ def main():
     p.add_argument("--out", metavar="FILE", help="write the result as JSON")
     p.add_argument("--workers", type=positive, help="processes; None is one per core")
 
-    p = commands.add_parser("heldout", help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
+    p = commands.add_parser("heldout", parents=[language], help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
     p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or messages, JSON lines")
     p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped")
     p.add_argument("--n", type=positive, default=255, help="prompts to keep")
     p.add_argument("--out", required=True, metavar="FILE", help="FILE.dropped.jsonl is written beside it")
     p.add_argument("--seed", type=natural, default=0, help="of the draw")
-    p.add_argument("--any-language", action="store_true", help="keep prompts that are not English")
-    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a prompt when another language is this probable; not stated in the paper")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
@@ -1706,26 +1717,20 @@ def main():
     p.add_argument("names", nargs="+", choices=list(FETCH), metavar="NAME", help=", ".join(FETCH))
     args = parser.parse_args()
 
+    confidence = None if getattr(args, "any_language", True) else args.language_confidence
     if args.command == "mix":
         sources = [(name, path) for name in SOURCES for path in getattr(args, name)]
         if not sources:
             parser.error("mix needs at least one of --" + ", --".join(SOURCES))
-        words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
-        table = mix(sources, args.out, None if args.any_language else args.language_confidence, args.dedup,
-                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict, args.held_out)
-        if len(table) > 1:
-            rows = list(table.values())
-            table["all"] = {k: sum((row[k] for row in rows), collections.Counter() if k == "dropped" else 0) for k in rows[0]}
-        reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
-        columns = [c for c in next(iter(table.values())) if c != "dropped"]
-        print_table([["source", *columns[:2], *reasons, *columns[2:]]] + [[name, *(row[c] for c in columns[:2]), *(row["dropped"][r] for r in reasons), *(row[c] for c in columns[2:])] for name, row in table.items()])
+        words = "|".join(re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip())
+        print_mix(mix(sources, args.out, confidence, args.dedup, re.compile(words, re.IGNORECASE) if words else None, args.tokenizer, args.strict, args.held_out))
     elif args.command == "diversity":
         result = diversity(args.file, args.first_turn, args.workers)
         show_diversity(result)
         if args.out:
             write_json(args.out, result)
     elif args.command == "heldout":
-        row = held_out(args.prompts, args.train, args.n, args.out, None if args.any_language else language_filter(args.language_confidence), args.seed)
+        row = held_out(args.prompts, args.train, args.n, args.out, confidence, args.seed)
         print_table([["prompts", *row], [Path(args.prompts).name, *row.values()]])
         if row["kept"] < args.n:
             print(f"{args.out}: only {row['kept']} prompts are left of the {args.n} asked for", file=sys.stderr)
