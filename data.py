@@ -5,7 +5,7 @@
     python data.py inspect data/sharegpt-mix/llama7b
 
 In this file, in the order in which text becomes training data:
-    errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
+    errors, files, command lines     one-line errors, atomic writes, JSON lines, work in several processes (shared by every program)
     tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
@@ -119,18 +119,16 @@ def count(text):
     return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
 
-def natural(text):
+def natural(text, least=0):
     """An argparse type: a whole number that is not negative; seeds, shots, steps."""
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}")
     return int(text)
 
 
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if not natural(text):
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+positive = functools.partial(natural, least=1)
 
 
 def real(text):
@@ -293,8 +291,7 @@ class GrowingFile:
     def __init__(self, path, take=None):
         self.path, self.records, self.lock = Path(path), [], threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab+", buffering=0)    # unbuffered: nothing half written waits for another try
-        self.reader = open(self.path, "rb")
+        self._open()
         take, self.size, garbled = take or (lambda record, at: self.records.append(record)), 0, []
         for number, line in enumerate(self.reader):
             if not line.endswith(b"\n"):
@@ -313,6 +310,10 @@ class GrowingFile:
             self._set_aside(set(garbled))
         self.flushed = self.size
 
+    def _open(self):
+        self.file = open(self.path, "ab+", buffering=0)    # unbuffered: nothing half written waits for another try
+        self.reader = open(self.path, "rb")
+
     def _set_aside(self, garbled):
         aside = f"{self.path}.garbled"
         self.reader.seek(0)
@@ -321,7 +322,7 @@ class GrowingFile:
                 (bad if number in garbled else good).write(line)
         print(f"{self.path}: {len(garbled)} garbled line{'s'[:len(garbled) > 1]} moved to {aside}", file=sys.stderr)
         self.close()
-        self.file, self.reader = open(self.path, "ab+", buffering=0), open(self.path, "rb")
+        self._open()
 
     def append(self, record, flush=True):
         """Write a line; its place."""
@@ -781,14 +782,13 @@ def turns_of(messages):
         role, content = message["role"], message["content"]
         if role == "system":
             system += content + "\n\n"
-            continue
-        if role == "user" and system:
-            content, system = system + content, ""
-        elif system:                                       # a system message straight before an answer is its query
-            turns.append(("user", system.rstrip("\n")))
+        elif role == "user":
+            turns.append((role, system + content))
             system = ""
-        turns.append((role, content))
-    return turns + ([("user", system.rstrip("\n"))] if system else [])
+        else:
+            turns += [("user", system.rstrip("\n"))] * bool(system) + [(role, content)]       # straight before an answer it is the query
+            system = ""
+    return turns + [("user", system.rstrip("\n"))] * bool(system)
 
 
 def render(messages, tokenizer, template, answer=False):
@@ -803,34 +803,29 @@ def render(messages, tokenizer, template, answer=False):
         return ids, [1] * len(ids)
     ids, mask = [tokenizer.bos], [0]
 
-    def put(new, loss):
+    def put(new, loss=0):
         ids.extend(new)
         mask.extend([loss] * len(new))
 
-    turns = turns_of(messages)
     if template == "tokens":
-        for role, content in turns:
-            put([tokenizer.added["<|user|>" if role == "user" else "<|assistant|>"]], 0)
+        for role, content in turns_of(messages):
+            put([tokenizer.added[f"<|{role}|>"]])
             put(tokenizer.encode(content), int(role == "assistant"))
             if role == "assistant":
                 put([tokenizer.eos], 1)
         if answer:
-            put([tokenizer.added["<|assistant|>"]], 0)
-    elif template == "koala":
-        context = ["BEGINNING OF CONVERSATION:"]
-        for role, content in turns:
+            put([tokenizer.added["<|assistant|>"]])
+    else:
+        context = ["BEGINNING OF CONVERSATION:"]           # what the next answer is put behind, all in one piece
+        for role, content in turns_of(messages):
             if role == "user":
                 context.append(f"USER: {content}")
             else:
-                put(tokenizer.encode(" ".join([*context, "GPT:"])), 0)
+                put(tokenizer.encode(" ".join([*context, "GPT:"])))
                 put([*tokenizer.encode(tokenizer.space * bool(content) + content), tokenizer.eos], 1)       # "GPT: answer"
                 context = []
-        if answer:
-            context.append("GPT:")
-        if context:
-            put(tokenizer.encode(" ".join(context)), 0)
-    else:
-        raise UserError(f"unknown template {template!r}; there are tokens and koala")
+        if context := context + ["GPT:"] * answer:
+            put(tokenizer.encode(" ".join(context)))
     return ids, mask
 
 
@@ -1343,7 +1338,8 @@ def too_similar(prompts, examples, limit=20.0):
     index, near = BleuIndex([q for side in sides for _, q in side]), (set(), set())
     for h, (i, _) in enumerate(sides[0]):
         found = np.flatnonzero(index.scores(h)[0][len(sides[0]):] > limit)
-        near[0].update([i] * bool(len(found)))
+        if len(found):
+            near[0].add(i)
         near[1].update(sides[1][k][0] for k in found)
     return near
 

@@ -14,12 +14,6 @@ def tokenizer(world):
     return data.load_tokenizer(world / "world/tokenizer").add(data.SPECIAL["tokens"])
 
 
-def shown(ids, mask, tokenizer):
-    """Each token with its mask, as one readable string: loss tokens in brackets."""
-    names = {i: n for n, i in tokenizer.added.items()} | {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
-    return "".join(f"[{t}]" if m else t for t, m in ((names.get(i) or tokenizer.sp.id_to_piece(i), m) for i, m in zip(ids, mask)))
-
-
 CONVERSATIONS = {   # messages -> what is rendered, with answers in brackets; pieces are joined
     "one turn": ([("user", "hi"), ("assistant", "yo")], "<s> <|user|> hi <|assistant|> [yo </s>]"),
     "several turns": ([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
@@ -103,6 +97,14 @@ def test_continuation_keeps_indentation(tokenizer):
     whole = [tokenizer.bos, *tokenizer.encode("def f():\n    return  1")]
     assert whole[:len(prompt)] == prompt
     assert data.continuation(tokenizer, prompt, whole[len(prompt):]) == "\n    return  1"
+
+
+@pytest.mark.parametrize("template", ["tokens", "koala"])
+@pytest.mark.parametrize("query", ["", "a", "a longer query that fills the context " * 3])
+def test_continuation_behind_a_marker_is_the_answer(tokenizer, template, query):
+    messages = [{"role": "user", "content": query}, {"role": "assistant", "content": "  yes, 2  spaces"}]
+    prompt, whole = data.render(messages[:1], tokenizer, template, answer=True)[0], data.render(messages, tokenizer, template)[0]
+    assert data.continuation(tokenizer, prompt, whole[len(prompt):]) == " " * (template == "koala") + messages[1]["content"]
 
 
 def test_continuation_of_real_code_is_exact(real):
@@ -238,7 +240,7 @@ def test_memory_holds_one_record_not_the_file(tmp_path):
         records, peak = map(int, program("-c", code).stdout.split())
         assert records == n
         peaks.append(peak)
-    assert peaks[1] < peaks[0] + 8000, peaks               # KiB
+    assert peaks[1] < peaks[0] + 32000, peaks              # KiB; the file would take 320 MB more
 
 
 U, A = lambda text: {"role": "user", "content": text}, lambda text: {"role": "assistant", "content": text}
@@ -409,6 +411,12 @@ def test_a_malformed_line_is_one_line_and_status_2(world, tmp_path, text, words)
     (tmp_path / "bad.jsonl").write_bytes(text.encode("latin1"))
     assert words in one_line(program("data.py", "pack", tmp_path / "bad.jsonl", "--tokenizer", world / "world/tokenizer", "--out", tmp_path / "out", status=2))
     assert not (tmp_path / "out").exists()
+
+
+def test_packing_a_gzipped_file_is_one_line(world, tmp_path):
+    import gzip
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((world / "mix.jsonl").read_bytes()))
+    assert "gunzip" in one_line(program("data.py", "pack", tmp_path / "c.jsonl.gz", "--tokenizer", world / "world/tokenizer", "--out", tmp_path / "o", status=2))
 
 
 def test_missing_files_are_one_line_and_status_2(tmp_path):
