@@ -18,6 +18,7 @@ CONVERSATIONS = {   # messages -> what is rendered, with answers in brackets; pi
     "one turn": ([("user", "hi"), ("assistant", "yo")], "<s> <|user|> hi <|assistant|> [yo </s>]"),
     "several turns": ([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
     "system joins the query": ([("system", "be kind"), ("user", "a"), ("assistant", "b")], "<s> <|user|> be kind\n\na <|assistant|> [b </s>]"),
+    "system before an answer": ([("system", "be kind"), ("assistant", "b"), ("system", "or not")], "<s> <|user|> be kind <|assistant|> [b </s>] <|user|> or not"),
     "empty query": ([("user", ""), ("assistant", "b")], "<s> <|user|> <|assistant|> [b </s>]"),
     "empty answer": ([("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [</s>] <|user|> c <|assistant|> [d </s>]"),
     "answer first": ([("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
@@ -54,6 +55,7 @@ KOALA = {   # the same conversations: texts that are tokenized apart, answers (w
     "one turn": ["BEGINNING OF CONVERSATION: USER: hi GPT:", ["yo"]],
     "several turns": ["BEGINNING OF CONVERSATION: USER: a GPT:", ["b"], "USER: c GPT:", ["d"]],
     "system joins the query": ["BEGINNING OF CONVERSATION: USER: be kind\n\na GPT:", ["b"]],
+    "system before an answer": ["BEGINNING OF CONVERSATION: USER: be kind GPT:", ["b"], "USER: or not"],
     "empty query": ["BEGINNING OF CONVERSATION: USER:  GPT:", ["b"]],
     "empty answer": ["BEGINNING OF CONVERSATION: USER: a GPT:", [""], "USER: c GPT:", ["d"]],
     "answer first": ["BEGINNING OF CONVERSATION: GPT:", ["b"], "USER: c GPT:", ["d"]],
@@ -127,6 +129,23 @@ def test_no_token_is_lost_and_targets_are_the_inputs_moved_by_one(world):
     assert (inputs[1:] == targets[:-1]).all() and (packed.tokens[3 * 64 + 1:4 * 64 + 1] == targets).all() and (packed.loss_mask[3 * 64 + 1:4 * 64 + 1] == mask).all()
     answers = targets[mask == 1]
     assert tokenizer.added["<|user|>"] not in answers and tokenizer.added["<|assistant|>"] not in answers
+
+
+def test_a_row_is_one_conversation_cut_off_or_padded_without_loss(world):
+    packed = data.Packed(world / "chat")
+    for i in (0, 5, len(packed.starts) - 1):
+        start, end = [*packed.starts.tolist(), len(packed.tokens)][i:i + 2]
+        for length in (3, end - start - 1, end - start, end - start + 10):
+            n, rows = min(length, end - start - 1), packed.row(i, length)
+            for row, whole, at in zip(rows, (packed.tokens, packed.tokens, packed.loss_mask), (start, start + 1, start + 1)):
+                assert len(row) == length and (row[:n] == whole[at:at + n]).all()
+            assert not rows[2][n:].any()
+
+
+def test_plain_text_has_loss_on_every_token(tokenizer):
+    ids = [tokenizer.bos, *tokenizer.encode("plain <|user|> text"), tokenizer.eos]
+    for template in ("tokens", "koala"):
+        assert data.render([{"role": "text", "content": "plain <|user|> text"}], tokenizer, template) == (ids, [1] * len(ids))
 
 
 def test_packing_does_not_depend_on_the_number_of_processes(world, tmp_path):
