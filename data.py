@@ -5,7 +5,7 @@
     python data.py inspect data/sharegpt-mix/llama7b
 
 In this file, in the order in which text becomes training data:
-    errors, files, command lines     one-line errors, atomic writes, JSON lines (shared by every program)
+    errors, files, command lines     one-line errors, atomic writes, JSON lines, work in several processes (shared by every program)
     tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
@@ -30,7 +30,6 @@ import html
 import html.parser
 import itertools
 import json
-import mmap
 import multiprocessing
 import os
 import re
@@ -46,6 +45,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 # --- errors, files, command lines ---------------------------------------------------------------------------------------
@@ -119,18 +119,16 @@ def count(text):
     return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
 
-def natural(text):
+def natural(text, least=0):
     """An argparse type: a whole number that is not negative; seeds, shots, steps."""
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}")
     return int(text)
 
 
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if not natural(text):
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+positive = functools.partial(natural, least=1)
 
 
 def real(text):
@@ -251,17 +249,14 @@ def digest(*parts):
 
 
 def file_hash(path):
-    h = hashlib.sha256()
     with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            h.update(piece)
-    return h.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fingerprint(folder):
     """A short hash that tells checkpoints apart: names and sizes of the files, the first and the last MiB of each."""
     parts = []
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".pth", ".model", ".json") and p.name != "train.json"):
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".pth", ".model", ".json", ".txt", ".bpe") and p.name != "train.json"):
         size = path.stat().st_size
         with open(path, "rb") as f:
             h = hashlib.sha256(f.read(1 << 20))
@@ -296,8 +291,7 @@ class GrowingFile:
     def __init__(self, path, take=None):
         self.path, self.records, self.lock = Path(path), [], threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab+", buffering=0)    # unbuffered: nothing half written waits for another try
-        self.reader = open(self.path, "rb")
+        self._open()
         take, self.size, garbled = take or (lambda record, at: self.records.append(record)), 0, []
         for number, line in enumerate(self.reader):
             if not line.endswith(b"\n"):
@@ -316,6 +310,10 @@ class GrowingFile:
             self._set_aside(set(garbled))
         self.flushed = self.size
 
+    def _open(self):
+        self.file = open(self.path, "ab+", buffering=0)    # unbuffered: nothing half written waits for another try
+        self.reader = open(self.path, "rb")
+
     def _set_aside(self, garbled):
         aside = f"{self.path}.garbled"
         self.reader.seek(0)
@@ -324,7 +322,7 @@ class GrowingFile:
                 (bad if number in garbled else good).write(line)
         print(f"{self.path}: {len(garbled)} garbled line{'s'[:len(garbled) > 1]} moved to {aside}", file=sys.stderr)
         self.close()
-        self.file, self.reader = open(self.path, "ab+", buffering=0), open(self.path, "rb")
+        self._open()
 
     def append(self, record, flush=True):
         """Write a line; its place."""
@@ -360,6 +358,30 @@ class GrowingFile:
                 f.close()
 
 
+_work = None                                               # what this worker process does with each item
+
+
+def _start_worker(make):
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # the parent's to handle
+    _work = make()
+
+
+def _do_work(item):
+    return _work(item)
+
+
+@contextlib.contextmanager
+def in_order(make, items, workers, start="spawn"):
+    """An iterator of make()(item) in the order of `items`; each of `workers` processes calls make() once, and so does this one, to meet mistakes first."""
+    work = make()
+    if workers == 1:
+        yield map(work, items)
+    else:
+        with multiprocessing.get_context(start).Pool(workers, _start_worker, (make,)) as pool:
+            yield pool.imap(_do_work, items, 32)
+
+
 def dying_with_parent():
     """A preexec_fn: the child is killed when its parent is (Linux), so that no orphan goes on writing its files."""
     if sys.platform != "linux":
@@ -369,13 +391,13 @@ def dying_with_parent():
     return lambda: libc.prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
 
 
-# --- tokenizers ----------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
 
 SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
 
 
 class Tokenizer:
-    """What the three kinds share: `n_base` ids of their own, `bos`, `eos`, and `added`, {name: id} of the tokens that templates add.
+    """What the three kinds share: `n_base` ids of their own, `bos`, `eos`, how they are called (`ends`), and `added`, {name: id} of the tokens that templates add.
 
     encode() treats its argument as ordinary text: neither control tokens (`</s>`, `<|endoftext|>`) nor the added ones are ever
     parsed out of it, so that text cannot forge a turn. Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
@@ -392,6 +414,16 @@ class Tokenizer:
         return 1 + max([self.n_base - 1, *self.added.values()])
 
     @property
+    def dtype(self):
+        """That holds its ids in packed data."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @property
+    def names(self):
+        """{id: name} of the special tokens that `render` puts between texts."""
+        return {self.bos: self.ends["bos_token"], self.eos: self.ends["eos_token"]} | {i: name for name, i in self.added.items()}
+
+    @property
     def hash(self):
         return digest(self.base_hash, self.added)
 
@@ -403,16 +435,21 @@ class Tokenizer:
     def encode(self, text):
         return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
 
+    def write_config(self, folder, template, tokens, **more):
+        """tokenizer_config.json, as transformers, vLLM and llama.cpp's converter read it, with the chat template; `tokens` is tokenizer.json's added_tokens.
+
+        transformers' LlamaTokenizer class takes tokenizer.json otherwise than it is: PreTrainedTokenizerFast does not.
+        """
+        more |= {"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {}
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", **self.ends, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"], **more,
+            "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens}})
+
     def decode(self, ids):
         """Text of `ids`; special and added tokens have none, and the text between them is decoded piece by piece."""
-        text, run_, silent = [], [], {self.bos, self.eos, *self.added.values(), *self.silent}
-        for i in (*ids, self.eos):
-            if i < self.n_base and i not in silent:
-                run_.append(int(i))
-            elif run_:
-                text.append(self._decode(run_))
-                run_ = []
-        return "".join(text)
+        silent = {*self.names, *self.silent}
+        runs = itertools.groupby(map(int, ids), lambda i: i < self.n_base and i not in silent)
+        return "".join(self._decode(list(run)) for has_text, run in runs if has_text)
 
 
 class Words(dict):
@@ -439,10 +476,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.folder = Path(folder)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"{self.folder}/tokenizer.model: not a SentencePiece model ({e})")
-        self.n_base = self.sp.vocab_size()
-        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
+            self.n_base, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+            self.ends = {"bos_token": self.sp.id_to_piece(self.bos), "eos_token": self.sp.id_to_piece(self.eos)}
+        except (OSError, RuntimeError, IndexError) as e:
+            raise UserError(f"{self.folder}/tokenizer.model: not a SentencePiece model, or without a token that begins or ends a text ({e})")
         added = self.folder / "added_tokens.json"
         self.added = read_json(added) if added.is_file() else {}
         if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
@@ -468,21 +505,15 @@ class SentencePieceTokenizer(Tokenizer):
         write_json(Path(folder) / "added_tokens.json", self.added)
 
     def export(self, folder, template):
-        """Write what transformers, vLLM and llama.cpp's converter read beside the model's own file: tokenizer.json, tokenizer_config.json.
-
-        transformers reads a bare tokenizer.model differently, and its LlamaTokenizer class too: PreTrainedTokenizerFast takes the
-        JSON as it is. llama.cpp finds the added tokens in added_tokens_decoder.
-        """
+        """Write the model's own file and what other programs read beside it: tokenizer.json, since transformers reads a bare tokenizer.model differently."""
         self.save(folder)
-        special = {p: i for p, i in ((self.sp.id_to_piece(i), i) for i in range(self.n_base)) if self.sp.is_control(i) or self.sp.is_unknown(i)} | self.added
+        special = {i: self.sp.id_to_piece(i) for i in range(self.n_base) if self.sp.is_control(i) or self.sp.is_unknown(i)} | {i: name for name, i in self.added.items()}
+        tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for i, name in sorted(special.items())]
         try:
-            write_json(Path(folder) / "tokenizer.json", tokenizer_json(self.sp, self.added))
+            write_json(Path(folder) / "tokenizer.json", tokenizer_json(self.sp, tokens))
         except ValueError as e:
             print(f"{folder}: no tokenizer.json written, transformers may read tokenizer.model differently: {e}", file=sys.stderr)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.sp.id_to_piece(self.bos), "eos_token": self.sp.id_to_piece(self.eos), "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
-            "add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-            "added_tokens_decoder": {str(i): {"content": p, **SPECIAL_FLAGS} for p, i in special.items()}, **({"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {})})
+        self.write_config(folder, template, tokens, unk_token=self.sp.id_to_piece(self.sp.unk_id()), add_bos_token=True, add_eos_token=False, add_prefix_space=True)
 
 
 SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -515,7 +546,7 @@ def sentencepiece_oddity(sp):
 
 
 def tokenizer_json(sp, added):
-    """The tokenizer.json that gives a BPE SentencePieceProcessor's ids, with {text: id} tokens added behind its vocabulary.
+    """The tokenizer.json that gives a BPE SentencePieceProcessor's ids; `added`: its added_tokens, the model's own special ones among them.
 
     ValueError names what such a file cannot express. Each text between special tokens gets the dummy prefix, as encode() gives it.
     """
@@ -532,16 +563,26 @@ def tokenizer_json(sp, added):
             raise ValueError(why)
     merges = [[p[:i], p[i:]] for p in scores for i in range(1, len(p)) if p[:i] in scores and p[i:] in scores]
     merges.sort(key=lambda m: (-scores[m[0] + m[1]], -len(m[0] + m[1]), -len(m[0])))      # runs of spaces, all of one score, grow from the left
-    special = [(i, p) for i, p in enumerate(pieces) if types[i] in (2, 3)] + sorted((i, p) for p, i in added.items())
     bos = pieces[sp.bos_id()]
     first, second = ([{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
     return {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
-            "added_tokens": [{"id": i, "content": text, **SPECIAL_FLAGS} for i, text in special],
+            "added_tokens": added,
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
             "post_processor": {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}}},
             "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()], "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
                       "ignore_merges": False, "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
+
+
+def ends_of(files, names):
+    """{"bos_token": name, "eos_token": name}, those that the files of a checkpoint name or give the ids of; `names`: {name: id} of the vocabulary."""
+    by_id, ends = {i: name for name, i in names.items()}, {}
+    for values, end in itertools.product(files, ("bos_token", "eos_token")):
+        name, i = values.get(end), values.get(f"{end}_id")
+        name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
+        if found := name if name in names else by_id.get(i):
+            ends.setdefault(end, found)
+    return ends
 
 
 class JSONTokenizer(Tokenizer):
@@ -560,23 +601,16 @@ class JSONTokenizer(Tokenizer):
         self.silent = frozenset(t["id"] for t in listed if t["special"])
         self.n_base = 1 + max(i for name, i in names.items() if name not in self.added)
         files = {name: read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json") if (folder / name).is_file()}
-        by_id, ends = {i: name for name, i in names.items()}, {}
-        for d in files.values():                           # they name bos and eos, or give their ids
-            for end in ("bos_token", "eos_token"):
-                name, i = d.get(end), d.get(f"{end}_id")
-                name, i = name.get("content") if isinstance(name, dict) else name, i[0] if isinstance(i, list) and i else i      # LLaMA 3 lists several
-                if found := name if name in names else by_id.get(i):
-                    ends.setdefault(end, found)
+        ends = ends_of(files.values(), names)
         ends.setdefault("eos_token", "<|endoftext|>")      # GPT-2's files do not say
         ends.setdefault("bos_token", ends["eos_token"])
         if ends["eos_token"] not in names:
             raise UserError(f"{folder}: no file says which token ends a text; put {{\"eos_token\": \"…\"}} into {folder}/tokenizer_config.json")
-        self.bos, self.eos = names[ends["bos_token"]], names[ends["eos_token"]]
+        self.bos, self.eos, self.ends = names[ends["bos_token"]], names[ends["eos_token"]], ends
         own = files.get("tokenizer_config.json", {})
+        self.own = {k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}
         if (folder / "chat_template.jinja").is_file():
-            own["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-                       **{k: own[k] for k in ("unk_token", "pad_token", "model_max_length", "chat_template") if own.get(k)}}
+            self.own["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.build(spec)
 
     def build(self, spec):
@@ -605,12 +639,11 @@ class JSONTokenizer(Tokenizer):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def export(self, folder, template=None):
-        """Write tokenizer.json with the added tokens in it, and a tokenizer_config.json with the chat template: what transformers, vLLM and llama.cpp's converter read."""
+        """Write tokenizer.json with the added tokens in it, and tokenizer_config.json."""
         known = {t["content"] for t in self.spec["added_tokens"]}
         tokens = self.spec["added_tokens"] + [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in self.added.items() if name not in known]
         write_json(Path(folder) / "tokenizer.json", {**self.spec, "added_tokens": tokens})
-        write_json(Path(folder) / "tokenizer_config.json", {
-            **self.config, "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens}, **({"chat_template": CHAT_TEMPLATES[template]} if template in CHAT_TEMPLATES else {})})
+        self.write_config(folder, template, tokens, **self.own)
 
     save = export
 
@@ -683,6 +716,16 @@ def tokenizer_files(folder):
     return next((names for names in TOKENIZER_FILES if all((Path(folder) / name).is_file() for name in names)), ())
 
 
+def gpt2_spec(vocab, merges):
+    """The tokenizer.json of a vocabulary beside the file `merges`."""
+    added = merges.with_name("added_tokens.json")
+    added = {name: vocab[name] for name in ("<|endoftext|>",) if name in vocab} | (read_json(added) if added.is_file() else {})
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in added.items()],
+            "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                      "merges": [line for number, line in read_lines(merges) if line and not (number == 1 and line.startswith("#version"))]}}
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint or of packed data, from the files found in `folder` (or of one of them given by name)."""
     folder = Path(folder)
@@ -694,12 +737,7 @@ def load_tokenizer(folder):
         return SentencePieceTokenizer(folder)
     spec = read_json(folder / files[0])
     try:
-        if len(files) == 2:
-            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-            tokens = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in ({name: i for name, i in spec.items() if name == "<|endoftext|>"} | added).items()]
-            merges = [line for number, line in read_lines(folder / files[1]) if line and not (number == 1 and line.startswith("#version"))]
-            spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
-                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": spec, "merges": merges}}
+        spec = gpt2_spec(spec, folder / files[1]) if len(files) == 2 else spec
         model, words = spec["model"], spec.get("pre_tokenizer") or {}
         if model.get("type", "BPE") != "BPE":
             raise UserError(f"{folder}/tokenizer.json: a tokenizer of type {model['type']!r}; only BPE is read")
@@ -718,8 +756,6 @@ def continuation(tokenizer, prompt, new):
     Decoding `new` alone would be wrong: SentencePiece drops the space at the start, and code without its indentation fails.
     """
     tail = list(prompt[-16:])                              # enough context for a space or a character cut in the middle
-    while tail and tail[0] >= tokenizer.n_base:            # never start on an added token: what follows it starts afresh
-        tail.pop(0)
     before = tokenizer.decode(tail).rstrip("\ufffd")
     return tokenizer.decode(tail + list(new))[len(before):]
 
@@ -737,7 +773,7 @@ def cut(text, stops):
     return text
 
 
-# --- conversations -> ids ------------------------------------------------------------------------------------------------
+# --- conversations -> ids -----------------------------------------------------------------------------------------------
 
 def turns_of(messages):
     """(role, content) with a system message joined to the query that follows it: neither template has a place for one."""
@@ -746,14 +782,13 @@ def turns_of(messages):
         role, content = message["role"], message["content"]
         if role == "system":
             system += content + "\n\n"
-            continue
-        if role == "user" and system:
-            content, system = system + content, ""
-        elif system:                                       # a system message straight before an answer is its query
-            turns.append(("user", system.rstrip("\n")))
+        elif role == "user":
+            turns.append((role, system + content))
             system = ""
-        turns.append((role, content))
-    return turns + ([("user", system.rstrip("\n"))] if system else [])
+        else:
+            turns += [("user", system.rstrip("\n"))] * bool(system) + [(role, content)]       # straight before an answer it is the query
+            system = ""
+    return turns + [("user", system.rstrip("\n"))] * bool(system)
 
 
 def render(messages, tokenizer, template, answer=False):
@@ -763,36 +798,34 @@ def render(messages, tokenizer, template, answer=False):
     koala:  <s> "BEGINNING OF CONVERSATION: USER: q GPT:" a </s> ("USER: q GPT:" a </s>)*      EasyLM's Koala, plain text
     Query and answer are tokenized apart. With `answer` the ids end where the model's answer begins.
     """
+    if messages[0]["role"] == "text":                      # pre-training and replay: loss on every token
+        ids = [tokenizer.bos, *tokenizer.encode(messages[0]["content"]), tokenizer.eos]
+        return ids, [1] * len(ids)
     ids, mask = [tokenizer.bos], [0]
 
-    def put(new, loss):
+    def put(new, loss=0):
         ids.extend(new)
         mask.extend([loss] * len(new))
 
-    turns = turns_of(messages)
     if template == "tokens":
-        for role, content in turns:
-            put([tokenizer.added["<|user|>" if role == "user" else "<|assistant|>"]], 0)
+        for role, content in turns_of(messages):
+            put([tokenizer.added[f"<|{role}|>"]])
             put(tokenizer.encode(content), int(role == "assistant"))
             if role == "assistant":
                 put([tokenizer.eos], 1)
         if answer:
-            put([tokenizer.added["<|assistant|>"]], 0)
-    elif template == "koala":
-        context = ["BEGINNING OF CONVERSATION:"]
-        for role, content in turns:
+            put([tokenizer.added["<|assistant|>"]])
+    else:
+        context = ["BEGINNING OF CONVERSATION:"]           # what the next answer is put behind, all in one piece
+        for role, content in turns_of(messages):
             if role == "user":
                 context.append(f"USER: {content}")
             else:
-                put(tokenizer.encode(" ".join([*context, "GPT:"])), 0)
+                put(tokenizer.encode(" ".join([*context, "GPT:"])))
                 put([*tokenizer.encode(tokenizer.space * bool(content) + content), tokenizer.eos], 1)       # "GPT: answer"
                 context = []
-        if answer:
-            context.append("GPT:")
-        if context:
-            put(tokenizer.encode(" ".join(context)), 0)
-    else:
-        raise UserError(f"unknown template {template!r}; there are tokens and koala")
+        if context := context + ["GPT:"] * answer:
+            put(tokenizer.encode(" ".join(context)))
     return ids, mask
 
 
@@ -806,8 +839,10 @@ CHAT_TEMPLATES = {   # `render` once more in Jinja, for transformers and vLLM; t
 }
 
 
-def check_messages(record, where):
-    """The messages of a record, validated; `where` names the line in errors."""
+def check_messages(record, where, text=False):
+    """The messages of a record, validated; `where` names the line in errors. With `text`, a {"text"} record is one message of the role "text"."""
+    if text and isinstance(record.get("text"), str):
+        return [{"role": "text", "content": record["text"]}]
     messages = record.get("messages")
     if messages is None and isinstance(record.get("prompt"), str):       # a bare prompt is a conversation of one turn
         messages = [{"role": "user", "content": record["prompt"]}]
@@ -819,32 +854,38 @@ def check_messages(record, where):
     return messages
 
 
+def conversations(path, *fields, text=False):
+    """Yield (line number, record, messages) of a file of conversations, prompts or, with `text`, plain texts."""
+    for number, record in numbered_jsonl(path, *fields):
+        yield number, record, check_messages(record, f"{path}:{number}", text)
+
+
+def queries_of(messages):
+    return [m["content"] for m in messages if m["role"] == "user"]
+
+
 def read_prompts(path):
     """Prompts file (`messages`, or a bare `prompt`) as [{"id", "messages", …}]; ids must be unique."""
-    prompts, seen = [], set()
-    for number, record in numbered_jsonl(path):
-        record = {**record, "messages": check_messages(record, f"{path}:{number}")}
-        record["id"] = str(record.get("id", f"{Path(path).stem}-{number}"))
-        if record["id"] in seen:
-            raise UserError(f"{path}:{number}: id {record['id']!r} stands twice; ids must be unique")
-        seen.add(record["id"])
-        prompts.append(record)
+    prompts = {}
+    for number, record, messages in conversations(path):
+        key = str(record.get("id", f"{Path(path).stem}-{number}"))
+        if key in prompts:
+            raise UserError(f"{path}:{number}: id {key!r} stands twice; ids must be unique")
+        prompts[key] = {**record, "id": key, "messages": messages}
     if not prompts:
         raise UserError(f"{path}: no prompts in it")
-    return prompts
+    return list(prompts.values())
 
 
 def read_replies(path):
     """Replies file as {id: (query, answer, record)}; the last message is the answer."""
     replies = {}
-    for number, record in numbered_jsonl(path, "id"):
-        messages = check_messages(record, f"{path}:{number}")
+    for number, record, messages in conversations(path, "id"):
         if messages[-1]["role"] != "assistant":
             raise UserError(f"{path}:{number}: the last message is not an answer; replies come from `imitation.py collect` or `model.py generate`")
         if not isinstance(record["id"], str) or record["id"] in replies:
             raise UserError(f"{path}:{number}: id {record['id']!r} must be a text that stands once")
-        query = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
-        replies[record["id"]] = (query, messages[-1]["content"], record)
+        replies[record["id"]] = (queries_of(messages) or [""])[-1], messages[-1]["content"], record
     return replies
 
 
@@ -863,7 +904,7 @@ def read_questions(path):
     return rows
 
 
-# --- corpora -------------------------------------------------------------------------------------------------------------
+# --- corpora ------------------------------------------------------------------------------------------------------------
 
 def json_records(path, strict=False):
     """The records of a JSON array or of JSON lines, streamed: memory holds one record and a buffer, not the file.
@@ -904,20 +945,32 @@ def json_records(path, strict=False):
 
 def corpus_records(path, strict=False):
     """The records of a corpus file: csv with a header, plain text (.txt: a document a paragraph), else JSON."""
-    if not str(path).endswith((".csv", ".txt")):
+    if Path(path).suffix not in (".csv", ".txt"):
         yield from json_records(path, strict)
         return
-    csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="" if str(path).endswith(".csv") else None) as f:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+        if Path(path).suffix == ".txt":
+            yield from ({"text": "".join(lines)} for full, lines in itertools.groupby(f, lambda line: bool(line.strip())) if full)
+            return
+        csv.field_size_limit(1 << 30)
         try:
-            yield from csv.DictReader(f) if str(path).endswith(".csv") else ({"text": "".join(lines)} for full, lines in itertools.groupby(f, lambda line: bool(line.strip())) if full)
+            yield from csv.DictReader(f)
         except csv.Error as e:
             raise UserError(f"{path}: not csv ({e})")
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-         "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "assistant": "assistant", "system": "system"}
 PAIR_FIELDS = (("input", "output"), ("prompt", "response"), ("question", "answer"), ("user", "bot"))      # Discord bots' logs
+
+
+def message_of(turn):
+    """A turn of ShareGPT's or the OpenAI tools' as a message of ours; None where it is malformed."""
+    role, text = (ROLES.get(str(turn.get("from", turn.get("role"))).lower()), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
+    return {"role": role, "content": text} if role and isinstance(text, str) else None
+
+
+def pair_of(query, answer):
+    return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}] if isinstance(query, str) and isinstance(answer, str) else [None]
 
 
 def dialogues_of(record):
@@ -931,27 +984,20 @@ def dialogues_of(record):
     """
     if not isinstance(record, dict):
         return None
-    turns = next((record[field] for field in ("messages", "conversations", "items") if field in record), record)
-    if turns is not record:
-        messages = []
-        for turn in turns if isinstance(turns, list) else [None]:
-            role = ROLES.get(str(turn.get("from", turn.get("role"))).lower()) if isinstance(turn, dict) else None
-            text = turn.get("value", turn.get("content")) if role else None
-            messages.append({"role": role, "content": text} if isinstance(text, str) else None)
-        return [messages]
-    pair = next((p for p in PAIR_FIELDS if p[0] in record and p[1] in record), None)
+    for field in ("messages", "conversations", "items"):
+        if field in record:
+            return [[message_of(turn) for turn in record[field]] if isinstance(record[field], list) else [None]]
     if "chatgpt_answers" in record:
         answers = record["chatgpt_answers"]
-        pairs = [(record.get("question"), answer) for answer in (answers if isinstance(answers, list) and answers else [None])]
-    elif "instruction" in record:
-        pairs = [("\n\n".join(t for t in (record["instruction"], record.get("input")) if isinstance(t, str) and t), record.get("output"))]
-    elif "post" in record and "summary" in record:
-        pairs = [(isinstance(record["post"], str) and f"{record['post']}\n\nTL;DR:", record["summary"])]           # not stated in the paper; GPT-2's words for it
-    elif pair:
-        pairs = [(record[pair[0]], record[pair[1]])]
-    else:
-        return [[{"role": "text", "content": record["text"]}]] if isinstance(record.get("text"), str) else None
-    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] if isinstance(q, str) and isinstance(a, str) else [None] for q, a in pairs]
+        return [pair_of(record.get("question"), answer) for answer in (answers if isinstance(answers, list) and answers else [None])]
+    if "instruction" in record:
+        return [pair_of("\n\n".join(t for t in (record["instruction"], record.get("input")) if isinstance(t, str) and t), record.get("output"))]
+    if "post" in record and "summary" in record:
+        return [pair_of(isinstance(record["post"], str) and f"{record['post']}\n\nTL;DR:", record["summary"])]       # not stated in the paper; GPT-2's words for it
+    for query, answer in PAIR_FIELDS:
+        if query in record and answer in record:
+            return [pair_of(record[query], record[answer])]
+    return [[{"role": "text", "content": record["text"]}]] if isinstance(record.get("text"), str) else None
 
 
 def read_corpus(path, source, strict=False):
@@ -971,7 +1017,7 @@ SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations
            "other": "any other set, told by its fields: messages, instruction/input/output (Alpaca), post/summary (tl;dr), text; or plain text, .txt, a document a paragraph"}
 
 
-# --- mix: ShareGPT-Mix (§3.1, appendix A) ---------------------------------------------------------------------------------
+# --- mix: ShareGPT-Mix (§3.1, appendix A) -------------------------------------------------------------------------------
 
 class _Markdown(html.parser.HTMLParser):
     """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
@@ -1044,7 +1090,9 @@ def join_pieces(dialogues):
 
 
 def language_filter(confidence):
-    """A function text -> True where another language than English is identified with at least `confidence`."""
+    """A function text -> True where another language than English is identified with at least `confidence`; None lets all pass."""
+    if confidence is None:
+        return lambda text: False
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -1057,7 +1105,7 @@ def language_filter(confidence):
     return foreign
 
 
-def keep_or_reason(messages, foreign=None, mentions=None):
+def keep_or_reason(messages, foreign, mentions):
     """(cleaned messages, None) or (None, reason); `mentions` is a pattern that no turn may match."""
     if None in messages:
         return None, "malformed"
@@ -1069,24 +1117,19 @@ def keep_or_reason(messages, foreign=None, mentions=None):
         return None, "empty"
     if mentions and any(mentions.search(m["content"]) for m in messages):
         return None, "mention"
-    if foreign and foreign("\n".join(m["content"] for m in messages)):
+    if foreign("\n".join(m["content"] for m in messages)):
         return None, "not English"
     return messages, None
 
 
-_mixer = ()                                                 # (language filter, mentions) of this process
+def mixer(confidence, mentions):
+    """What each process of `mix` does with a dialogue."""
+    foreign = language_filter(confidence)
 
-
-def _start_mixer(confidence, mentions, alone=True):
-    global _mixer
-    if not alone:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _mixer = None if confidence is None else language_filter(confidence), mentions
-
-
-def _mix_one(dialogue):
-    key, messages, pieces = dialogue
-    return key, pieces, *keep_or_reason(messages, *_mixer)
+    def judge(dialogue):
+        name, key, messages, pieces = dialogue
+        return name, key, pieces, *keep_or_reason(messages, foreign, mentions)
+    return judge
 
 
 def measure(tokenizer):
@@ -1094,7 +1137,7 @@ def measure(tokenizer):
     if tokenizer is None:
         return "words", lambda messages: sum(len(m["content"].split()) for m in messages)
     tokenizer = load_tokenizer(tokenizer).add(SPECIAL["tokens"])
-    return "tokens", lambda messages: len(tokenizer.encode(messages[0]["content"])) + 2 if messages[0]["role"] == "text" else len(render(messages, tokenizer, "tokens")[0])
+    return "tokens", lambda messages: len(render(messages, tokenizer, "tokens")[0])
 
 
 KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
@@ -1112,49 +1155,57 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
     within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
     `held_out`: a file of prompts; dialogues with a query like one of them are dropped (ours).
     """
-    from tqdm import tqdm
-    table, (unit, length) = {}, measure(tokenizer)
+    unit, length = measure(tokenizer)
+    table = {name: {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0} for name, _ in sources}
     workers = workers or (os.cpu_count() if sum(os.stat(path).st_size for _, path in sources) > 20 << 20 else 1)      # the language filter is most of the work
-    with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(atomic(out))
-        drop = stack.enter_context(atomic(dropped_path(out)))
-        _start_mixer(confidence, mentions)
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_mixer, (confidence, mentions, False))) if workers > 1 else None
-        for name in dict.fromkeys(name for name, _ in sources):
-            row = table[name] = {"in": 0, "kept": 0, "dropped": collections.Counter(), "turns": 0, unit: 0, "koala markers": 0}
+
+    def dialogues():
+        for name in table:
             records = (record for other, path in sources if other == name for record in read_corpus(path, name, strict))      # the files of a source are one
-            dialogues = join_pieces(records) if name == "sharegpt" else ((key, m, 1) for key, m in records)
-            seen = set()
-            mixed = pool.imap(_mix_one, dialogues, 32) if pool else map(_mix_one, dialogues)
-            mixed = without_held_out(mixed, held_out) if held_out else mixed
-            for key, pieces, messages, reason in tqdm(mixed, desc=f"mix {name}", unit=" dialogues", disable=None):
-                row["in"] += pieces
-                row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
-                if not reason and name == "sharegpt" and dedup != "none":
-                    queries = {normalize_query(m["content"]) for m in itertools.islice((m for m in messages if m["role"] == "user"), 1 if dedup == "first" else None)}
-                    reason = "duplicate query" if queries <= seen else None
-                    seen |= queries if not reason else set()
-                if reason:
-                    row["dropped"][reason] += 1
-                    drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
-                    continue
-                row["kept"] += 1
-                row[unit] += length(messages)
-                row["turns"] += sum(m["role"] != "text" for m in messages)
-                row["koala markers"] += sum(bool(KOALA_MARKERS.search(m["content"])) for m in messages if m["role"] == "user")
-                content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
-                keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
+            for key, messages, pieces in join_pieces(records) if name == "sharegpt" else ((key, messages, 1) for key, messages in records):
+                yield name, key, messages, pieces
+    met = set()
+    with in_order(functools.partial(mixer, confidence, mentions), dialogues(), workers) as mixed, atomic(out) as keep, atomic(dropped_path(out)) as drop:
+        mixed = without_held_out(mixed, held_out) if held_out else mixed
+        for name, key, pieces, messages, reason in tqdm(mixed, desc="mix", unit=" dialogues", disable=None):
+            row = table[name]
+            row["in"] += pieces
+            row["dropped"].update({"joined": pieces - 1} if pieces > 1 else ())
+            if not reason and name == "sharegpt" and dedup != "none":
+                queries = {normalize_query(q) for q in queries_of(messages)[:1 if dedup == "first" else None]}
+                reason = "duplicate query" if queries <= met else None
+                met |= queries if not reason else set()
+            if reason:
+                row["dropped"][reason] += 1
+                drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                continue
+            row["kept"] += 1
+            row[unit] += length(messages)
+            row["turns"] += sum(m["role"] != "text" for m in messages)
+            row["koala markers"] += sum(bool(KOALA_MARKERS.search(q)) for q in queries_of(messages))
+            content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
+            keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
     return table
 
 
-def print_table(rows, file=None):
-    """Rows of strings as aligned columns; the first row is the header."""
+def print_table(rows):
+    """Rows of cells as aligned columns; the first row is the header."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), file=file)
+        print("  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
-# --- BLEU between queries: diversity (§3.1), held-out prompts ------------------------------------------------------------
+def print_mix(table):
+    """What `mix` returns, a row a source, and all together where there are several."""
+    if len(table) > 1:
+        rows = list(table.values())
+        table["all"] = {k: sum((row[k] for row in rows), type(v)()) for k, v in rows[0].items()}
+    reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
+    flat = [{"source": name, "in": row["in"], "kept": row["kept"], **dict.fromkeys(reasons, 0), **row["dropped"], **{k: n for k, n in row.items() if k not in ("in", "kept", "dropped")}} for name, row in table.items()]
+    print_table([list(flat[0]), *(list(row.values()) for row in flat)])
+
+
+# --- BLEU between queries: diversity (§3.1), held-out prompts -----------------------------------------------------------
 
 def bleu_tokens(text):
     """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
@@ -1250,32 +1301,20 @@ class BleuIndex:
         return float(exp), float(none)
 
 
-_index = None                                               # the worker processes have it by fork
-
-def _best(i):
-    return _index.best(i)
-
-
-def queries_of(messages):
-    return [m["content"] for m in messages if m["role"] == "user"]
-
-
 def diversity(path, first_turn=False, workers=None):
     """§3.1's measure of a data set, as results.json's content: BLEU, in percent, of each user query to the most similar other, averaged.
 
     Not stated in the paper: the variant of BLEU, and what a query is. Ours: the distinct normalised user turns, or first turns;
     their exact twins are only counted.
     """
-    global _index
-    turns = [normalize_query(q) for n, record in numbered_jsonl(path) for q in queries_of(check_messages(record, f"{path}:{n}"))[:1 if first_turn else None]]
+    turns = [normalize_query(q) for _, _, messages in conversations(path) for q in queries_of(messages)[:1 if first_turn else None]]
     queries = list(dict.fromkeys(filter(None, turns)))
     if len(queries) < 2:
         raise UserError(f"{path}: fewer than two distinct user queries, nothing to compare")
-    _index = BleuIndex(queries)
-    from tqdm import tqdm
-    with multiprocessing.get_context("fork").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        best = tqdm(pool.imap(_best, range(len(queries)), chunksize=32), total=len(queries), desc="diversity", unit=" queries", disable=None)
-        scores = dict(zip(("bleu_exp", "bleu_none"), np.array(list(best)).T))
+    index = BleuIndex(queries)
+    with in_order(lambda: index.best, range(len(queries)), workers or os.cpu_count(), "fork") as best:      # by fork the processes share the index
+        best = np.array(list(tqdm(best, total=len(queries), desc="diversity", unit=" queries", disable=None)))
+    scores = dict(zip(("bleu_exp", "bleu_none"), best.T))
     return {"task": "diversity", "model": Path(path).stem,
             "metrics": {k: {"score": float(s.mean()), "stderr": float(s.std(ddof=1) / len(s) ** 0.5), "n": len(s)} for k, s in scores.items()},
             "settings": {"source_hash": file_hash(path), "first_turn": first_turn, "order": 4, "tokenization": "13a", "effective_order": True},
@@ -1299,17 +1338,18 @@ def too_similar(prompts, examples, limit=20.0):
     index, near = BleuIndex([q for side in sides for _, q in side]), (set(), set())
     for h, (i, _) in enumerate(sides[0]):
         found = np.flatnonzero(index.scores(h)[0][len(sides[0]):] > limit)
-        near[0].update([i] * bool(len(found)))
+        if len(found):
+            near[0].add(i)
         near[1].update(sides[1][k][0] for k in found)
     return near
 
 
 def without_held_out(mixed, prompts):
-    """Pass (id, pieces, messages, reason) on, with a reason where a query is too similar to a prompt of the file `prompts`."""
+    """Pass (name, id, pieces, messages, reason) on, with a reason where a query is too similar to a prompt of the file `prompts`."""
     prompts, mixed = [queries_of(p["messages"]) for p in read_prompts(prompts)], iter(mixed)
     while batch := list(itertools.islice(mixed, 5000)):
-        near = too_similar(prompts, [[] if reason else queries_of(messages) for _, _, messages, reason in batch])[1]
-        yield from ((key, pieces, messages, "like a held-out prompt" if i in near else reason) for i, (key, pieces, messages, reason) in enumerate(batch))
+        near = too_similar(prompts, [[] if reason else queries_of(messages) for *_, messages, reason in batch])[1]
+        yield from ((*dialogue, "like a held-out prompt" if i in near else reason) for i, (*dialogue, reason) in enumerate(batch))
 
 
 CODING = re.compile(   # code itself (a fence, statements, closing tags, calls), a language by name, or a wish for code
@@ -1319,19 +1359,19 @@ CODING = re.compile(   # code itself (a fence, statements, closing tags, calls),
     r"|\b(?:source|following|this|that|my|some|sample|example|write|the|of|in|your) code\b(?! of)|\b(?:pseudo-?code|codebase|debug|refactor|programming language|unit tests?|write an? (?:\w+ )?(?:function|program|algorithm))\b", re.I | re.M)
 
 
-def held_out(prompts, train, n, out, foreign, seed=0):
+def held_out(prompts, train, n, out, confidence, seed=0):
     """The prompts of the human evaluation: empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
 
     Writes them in the order of the file, as conversations, and `dropped.jsonl` beside them. Not stated in the paper: how coding was told.
     """
     records = read_prompts(prompts)
-    queries, examples = [queries_of(r["messages"]) for r in records], [queries_of(check_messages(r, f"{train}:{number}")) for number, r in numbered_jsonl(train)]
+    queries, examples = [queries_of(r["messages"]) for r in records], [queries_of(messages) for _, _, messages in conversations(train)]
     if not examples:
         raise UserError(f"{train}: no conversations in it, nothing to hold the prompts against")
-    near = too_similar(queries, examples)[0]
+    near, foreign = too_similar(queries, examples)[0], language_filter(confidence)
 
     def reason(i, text):
-        return ("empty" if not text.strip() else "not English" if foreign and foreign(text) else "coding" if CODING.search(text) else
+        return ("empty" if not text.strip() else "not English" if foreign(text) else "coding" if CODING.search(text) else
                 "like a training query" if i in near else "kept")
     reasons = [reason(i, "\n".join(q)) for i, q in enumerate(queries)]
     for i in np.random.default_rng(seed).permutation([i for i, why in enumerate(reasons) if why == "kept"])[n:]:
@@ -1341,33 +1381,17 @@ def held_out(prompts, train, n, out, foreign, seed=0):
     return {"in": len(records), **{why: reasons.count(why) for why in ("empty", "not English", "coding", "like a training query", "not drawn", "kept")}}
 
 
-# --- pack ------------------------------------------------------------------------------------------------------------------
+# --- pack ---------------------------------------------------------------------------------------------------------------
 
-_packer = None                                              # (tokenizer, template) of this worker process
+def packer(folder, template):
+    """What each process of `pack` does with a JSON line: (id, ids as bytes, loss mask as bytes)."""
+    tokenizer = load_tokenizer(folder).add(SPECIAL[template])
 
-
-def _start_packer(folder, template):
-    global _packer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _packer = load_tokenizer(folder).add(SPECIAL[template]), template
-
-
-def _pack_line(line):
-    """One JSON line -> (ids as bytes, mask as bytes, None) or (None, None, (id, reason))."""
-    tokenizer, template = _packer
-    record = json.loads(line.decode("utf-8-sig"))
-    if isinstance(record.get("text"), str):                                    # pre-training and replay: loss on every token
-        ids = [tokenizer.bos, *tokenizer.encode(record["text"]), tokenizer.eos]
-        mask = [1] * len(ids)
-    else:
-        ids, mask = render(check_messages(record, "line"), tokenizer, template)
-    if not any(mask):
-        return None, None, (record.get("id"), "no answer to learn from")
-    return np.array(ids, _token_dtype(tokenizer.vocab_size)).tobytes(), bytes(mask), None
-
-
-def _token_dtype(vocab_size):
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    def tokenize(line):
+        record = json.loads(line.decode("utf-8-sig"))
+        ids, mask = render(check_messages(record, "line", text=True), tokenizer, template)
+        return record.get("id"), np.array(ids, tokenizer.dtype).tobytes(), bytes(mask)
+    return tokenize
 
 
 def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
@@ -1376,59 +1400,46 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
     The order of conversations is a permutation drawn from `seed` alone, the same for every tokenizer, so that a prefix of
     the stream is a nested subset. Bytes do not depend on the number of `workers`.
     """
-    for number, record in numbered_jsonl(path):   # a malformed line is found before anything is written
-        if not isinstance(record.get("text"), str):
-            check_messages(record, f"{path}:{number}")
+    for _ in conversations(path, text=True):               # a malformed line is found before anything is written
+        pass
     tokenizer = load_tokenizer(tokenizer_folder).add(SPECIAL[template])
     settings = {"template": template, "seed": seed, "source_hash": file_hash(path), "tokenizer_hash": tokenizer.hash}
     if same_settings(Path(out) / "meta.json", "settings", settings):
         print(f"{out}: packed already")
         return read_json(Path(out) / "meta.json")
+    if str(path).endswith(".gz"):
+        raise UserError(f"{path}: pack reads lines in another order than the file's; unpack it first with: gunzip {path}")
     with open(path, "rb") as f, contextlib.ExitStack() as stack:
-        if not os.fstat(f.fileno()).st_size:
+        places, at = [], 0
+        for line in f:
+            if line.strip():
+                places.append((len(line), at))
+            at += len(line)
+        if not places:
             raise UserError(f"{path}: empty, nothing to pack")
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        offsets, at = [], 0
-        while at < len(data):
-            end = data.find(b"\n", at) + 1 or len(data)
-            if data[at:end].strip():
-                offsets.append((at, end))
-            at = end
-        order = np.random.default_rng(seed).permutation(len(offsets))
-        lines = (data[slice(*offsets[i])] for i in order)
-        workers = min(workers or os.cpu_count(), 1 + len(offsets) // 2000)
-        if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _start_packer, (str(tokenizer.folder), template)))
-            packed = pool.imap(_pack_line, lines, chunksize=64)
-        else:
-            signal_before = signal.getsignal(signal.SIGINT)
-            _start_packer(tokenizer.folder, template)
-            signal.signal(signal.SIGINT, signal_before)
-            packed = map(_pack_line, lines)
+        lines = (os.pread(f.fileno(), *places[i]) for i in np.random.default_rng(seed).permutation(len(places)))
+        workers = min(workers or os.cpu_count(), 1 + len(places) // 2000)
+        packed = stack.enter_context(in_order(functools.partial(packer, tokenizer.folder, template), lines, workers))
         folder = stack.enter_context(atomic_dir(out))
-        tokens = stack.enter_context(open(folder / "tokens.bin", "wb"))
-        masks = stack.enter_context(open(folder / "loss_mask.bin", "wb"))
-        width, starts, dropped, n_tokens, n_loss = np.dtype(_token_dtype(tokenizer.vocab_size)).itemsize, [], [], 0, 0
-        from tqdm import tqdm
-        for ids, mask, drop in tqdm(packed, total=len(offsets), desc="pack", unit=" conv", disable=None):
-            if drop:
-                dropped.append({"id": drop[0], "reason": drop[1]})
-                continue
-            starts.append(n_tokens)
-            n_tokens += len(mask)
-            n_loss += mask.count(1)
-            tokens.write(ids)
-            masks.write(mask)
+        starts, dropped, n_tokens, n_loss = [], [], 0, 0
+        with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss_mask.bin", "wb") as masks:
+            for key, ids, mask in tqdm(packed, total=len(places), desc="pack", unit=" conv", disable=None):
+                if 1 not in mask:
+                    dropped.append({"id": key, "reason": "no answer to learn from"})
+                    continue
+                starts.append(n_tokens)
+                n_tokens += len(mask)
+                n_loss += mask.count(1)
+                tokens.write(ids)
+                masks.write(mask)
         if not starts:
             raise UserError(f"{path}: no conversation with an answer to learn from, nothing to pack")
-        tokens.flush(), masks.flush()
         np.array(starts, np.int64).tofile(folder / "starts.bin")
         write_jsonl(folder / "dropped.jsonl", dropped)
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
-        meta = {"name": Path(path).name.removesuffix(".jsonl"), "template": template, "seed": seed, "vocab_size": tokenizer.vocab_size, "bytes_per_token": width,
-                "tokenizer_hash": tokenizer.hash, "tokenizer_base_hash": tokenizer.base_hash, "source_hash": settings["source_hash"], "settings": settings,
-                "conversations": len(starts), "tokens": n_tokens, "loss_tokens": n_loss, "dropped": {"no answer to learn from": len(dropped)}}
+        meta = {"name": Path(path).name.removesuffix(".jsonl"), **settings, "vocab_size": tokenizer.vocab_size, "bytes_per_token": tokenizer.dtype.itemsize, "tokenizer_base_hash": tokenizer.base_hash,
+                "settings": settings, "conversations": len(starts), "tokens": n_tokens, "loss_tokens": n_loss, "dropped": {"no answer to learn from": len(dropped)}}
         write_json(folder / "meta.json", meta)
     return meta
 
@@ -1462,11 +1473,10 @@ class Packed:
 
     def row(self, i, length):
         """Conversation i alone: (inputs, targets, loss_mask) of (length,), cut off or padded with zeros without loss."""
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.tokens)
+        start, end = [*self.starts[i:i + 2], len(self.tokens)][:2]
         tokens, mask = np.zeros(length + 1, self.tokens.dtype), np.zeros(length + 1, np.uint8)
-        n = min(length + 1, end - self.starts[i])
-        tokens[:n] = self.tokens[self.starts[i]:self.starts[i] + n]
-        mask[:n] = self.loss_mask[self.starts[i]:self.starts[i] + n]
+        n = min(length + 1, end - start)
+        tokens[:n], mask[:n] = self.tokens[start:start + n], self.loss_mask[start:start + n]
         return tokens[:-1], tokens[1:], mask[1:]
 
 
@@ -1474,41 +1484,36 @@ def inspect(folder, n_blocks, length):
     """Print blocks as text: tokens with loss in colour (in «» where stdout is no terminal), control characters spelled out."""
     data = Packed(folder)
     tokenizer = data.tokenizer()
-    names = {i: name for name, i in tokenizer.added.items()} | {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
+    names = tokenizer.names
     on, off = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("«", "»")
     for b in range(min(n_blocks, max(1, (len(data.tokens) - 1) // length))):
         tokens, mask = data.tokens[b * length:(b + 1) * length], data.loss_mask[b * length:(b + 1) * length]
         print(f"--- block {b}: {len(tokens)} tokens, {int(mask.sum())} with loss")
-        cut = [0, *np.flatnonzero(np.diff(mask)) + 1, len(tokens)]
-        for start, end in zip(cut, cut[1:]):
-            text, at = "", start
-            for i in range(start, end + 1):                 # special tokens by name, the text between them decoded whole
-                if i == end or int(tokens[i]) in names:
-                    text += visible(tokenizer.decode(tokens[at:i])) + (names[int(tokens[i])] if i < end else "")
-                    at = i + 1
-            print(f"{on}{text}{off}" if mask[start] else text, end="")
+        for loss, run in itertools.groupby(zip(tokens.tolist(), mask.tolist()), lambda pair: pair[1]):
+            texts = itertools.groupby((i for i, _ in run), names.__contains__)         # special tokens by name, what is between them decoded whole
+            text = "".join("".join(map(names.get, ids)) if special else visible(tokenizer.decode(ids)) for special, ids in texts)
+            print(f"{on}{text}{off}" if loss else text, end="")
         print()
 
 
-# --- stats: what is in a set ----------------------------------------------------------------------------------------------------
+# --- stats: what is in a set --------------------------------------------------------------------------------------------
 
 def stats(path, tokenizer=None, png=None):
     """Print conversations, turns and lengths of a file of conversations or text, or of packed data; draw the lengths into `png`."""
     if Path(path).is_dir():
         packed = Packed(path)
-        unit, lengths, turns = "tokens", np.diff([*packed.starts, len(packed.tokens)]), {"loss tokens": packed.meta["loss_tokens"]}
+        unit, lengths, rows = "tokens", np.diff([*packed.starts, len(packed.tokens)]), [["loss tokens", packed.meta["loss_tokens"]]]
     else:
         unit, length = measure(tokenizer)
         lengths, turns = [], collections.Counter(user=0, assistant=0)
-        for number, record in numbered_jsonl(path):
-            messages = [{"role": "text", "content": record["text"]}] if isinstance(record.get("text"), str) else check_messages(record, f"{path}:{number}")
+        for _, _, messages in conversations(path, text=True):
             turns.update(m["role"] for m in messages)
             lengths.append(length(messages))
-        turns = {f"{role} turns" if role != "text" else "plain texts": n for role, n in turns.items()}
+        rows = [["plain texts" if role == "text" else f"{role} turns", n] for role, n in turns.items()]
     if not len(lengths):
         raise UserError(f"{path}: nothing in it")
-    quantiles = {f"{unit}, {name}": int(np.quantile(lengths, q)) for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))}
-    print_table([[path, ""], ["conversations", len(lengths)], *turns.items(), [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles.items()])
+    quantiles = [[f"{unit}, {name}", int(np.quantile(lengths, q))] for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))]
+    print_table([[path, ""], ["conversations", len(lengths)], *rows, [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles])
     if png:
         try:
             import matplotlib
@@ -1539,8 +1544,7 @@ Do not answer the query. Kind:"""
 
 def category_prompts(path, n, out, seed=0):
     """Write prompts that have a teacher label the first queries of `n` conversations, drawn at random (§3.1, Table 5)."""
-    queries = [(record.get("id", number), next((m["content"] for m in check_messages(record, f"{path}:{number}") if m["role"] == "user"), None)) for number, record in numbered_jsonl(path)]
-    queries = [(key, q) for key, q in queries if q]
+    queries = [(record.get("id", number), queries_of(messages)[0]) for number, record, messages in conversations(path) if any(queries_of(messages)[:1])]
     if len(queries) < n:
         raise UserError(f"{path}: {len(queries)} conversations with a query, --categories asks for {n}")
     chosen = sorted(np.random.default_rng(seed).choice(len(queries), n, replace=False))
@@ -1561,7 +1565,7 @@ def category_table(path):
                                                   for k in {**CATEGORIES, **counts})]
 
 
-# --- fetch: public sets and base models -----------------------------------------------------------------------------------------
+# --- fetch: public sets and base models ---------------------------------------------------------------------------------
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")          # the hub's own variable for mirrors
 GITHUB = "https://raw.githubusercontent.com"
@@ -1588,7 +1592,6 @@ def download(session, url, path, sha256=None):
     """
     import requests
     import urllib3
-    from tqdm import tqdm
     tries = 0
     while True:
         old = next(path.parent.glob(f"{glob.escape(path.name)}.????????.part"), None)
@@ -1651,21 +1654,23 @@ def fetch(name):
     return folder
 
 
-# --- the program -------------------------------------------------------------------------------------------------------------
+# --- the program --------------------------------------------------------------------------------------------------------
 
 def main():
     parser = Parser(description="Corpora in, packed tokens out.", example="python data.py pack chats.jsonl --tokenizer weights/llama7b --out data/chats")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    p = commands.add_parser("mix", help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
+    language = argparse.ArgumentParser(add_help=False)
+    language.add_argument("--any-language", action="store_true", help="keep what is not English")
+    language.add_argument("--language-confidence", type=real, default=0.8, help="drop what is another language with this probability; not stated in the paper")
+
+    p = commands.add_parser("mix", parents=[language], help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
     for name, text in SOURCES.items():
         p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=text + "; may be given several times")
     p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl beside it says what was dropped and why")
     p.add_argument("--strict", action="store_true", help="a file that breaks off is an error; without it, its whole records are used and the loss is said")
     p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. The paper says query-level")
     p.add_argument("--drop-mentions", metavar="WORDS", help="drop dialogues in which any of these, separated by commas, stands (openai,chatgpt); not stated in the paper, Koala did so")
-    p.add_argument("--any-language", action="store_true", help="keep dialogues that are not English")
-    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a dialogue when another language is this probable; not stated in the paper")
     p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
     p.add_argument("--held-out", metavar="FILE", help="drop dialogues with a query to which one of these prompts has BLEU > 20%%; not the paper's way, which is `heldout`")
 
@@ -1675,14 +1680,12 @@ def main():
     p.add_argument("--out", metavar="FILE", help="write the result as JSON")
     p.add_argument("--workers", type=positive, help="processes; None is one per core")
 
-    p = commands.add_parser("heldout", help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
+    p = commands.add_parser("heldout", parents=[language], help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
     p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or messages, JSON lines")
     p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped")
     p.add_argument("--n", type=positive, default=255, help="prompts to keep")
     p.add_argument("--out", required=True, metavar="FILE", help="FILE.dropped.jsonl is written beside it")
     p.add_argument("--seed", type=natural, default=0, help="of the draw")
-    p.add_argument("--any-language", action="store_true", help="keep prompts that are not English")
-    p.add_argument("--language-confidence", type=real, default=0.8, help="drop a prompt when another language is this probable; not stated in the paper")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
@@ -1710,26 +1713,20 @@ def main():
     p.add_argument("names", nargs="+", choices=list(FETCH), metavar="NAME", help=", ".join(FETCH))
     args = parser.parse_args()
 
+    confidence = None if getattr(args, "any_language", True) else args.language_confidence
     if args.command == "mix":
         sources = [(name, path) for name in SOURCES for path in getattr(args, name)]
         if not sources:
             parser.error("mix needs at least one of --" + ", --".join(SOURCES))
-        words = [re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip()]
-        table = mix(sources, args.out, None if args.any_language else args.language_confidence, args.dedup,
-                    re.compile("|".join(words), re.IGNORECASE) if words else None, args.tokenizer, args.strict, args.held_out)
-        if len(table) > 1:
-            rows = list(table.values())
-            table["all"] = {k: sum((row[k] for row in rows), collections.Counter() if k == "dropped" else 0) for k in rows[0]}
-        reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
-        columns = [c for c in next(iter(table.values())) if c != "dropped"]
-        print_table([["source", *columns[:2], *reasons, *columns[2:]]] + [[name, *(row[c] for c in columns[:2]), *(row["dropped"][r] for r in reasons), *(row[c] for c in columns[2:])] for name, row in table.items()])
+        words = "|".join(re.escape(w.strip()) for w in (args.drop_mentions or "").split(",") if w.strip())
+        print_mix(mix(sources, args.out, confidence, args.dedup, re.compile(words, re.IGNORECASE) if words else None, args.tokenizer, args.strict, args.held_out))
     elif args.command == "diversity":
         result = diversity(args.file, args.first_turn, args.workers)
         show_diversity(result)
         if args.out:
             write_json(args.out, result)
     elif args.command == "heldout":
-        row = held_out(args.prompts, args.train, args.n, args.out, None if args.any_language else language_filter(args.language_confidence), args.seed)
+        row = held_out(args.prompts, args.train, args.n, args.out, confidence, args.seed)
         print_table([["prompts", *row], [Path(args.prompts).name, *row.values()]])
         if row["kept"] < args.n:
             print(f"{args.out}: only {row['kept']} prompts are left of the {args.n} asked for", file=sys.stderr)

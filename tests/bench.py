@@ -492,8 +492,8 @@ def data_(args):
         if args.file:
             path.symlink_to(Path(args.file).resolve())
         else:
-            from data import read_hc3
-            records = [json.dumps({"messages": m}, ensure_ascii=False) + "\n" for file in sorted((real / "hc3").glob("*.jsonl")) for _, m in read_hc3(file) if m]
+            from data import read_corpus
+            records = [json.dumps({"messages": m}, ensure_ascii=False) + "\n" for file in sorted((real / "hc3").glob("*.jsonl")) for _, m in read_corpus(file, "hc3") if None not in m]
             path.write_text("".join(records * max(1, round(args.megabytes * 1e6 / sum(map(len, records))))), encoding="utf-8")
         size = sum(len(t.encode("utf-8", "replace")) for t in texts_of(path)) / 1e6
         print(f"{args.file or 'HC3, repeated'}: {size:.1f} MB of text")

@@ -14,16 +14,11 @@ def tokenizer(world):
     return data.load_tokenizer(world / "world/tokenizer").add(data.SPECIAL["tokens"])
 
 
-def shown(ids, mask, tokenizer):
-    """Each token with its mask, as one readable string: loss tokens in brackets."""
-    names = {i: n for n, i in tokenizer.added.items()} | {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
-    return "".join(f"[{t}]" if m else t for t, m in ((names.get(i) or tokenizer.sp.id_to_piece(i), m) for i, m in zip(ids, mask)))
-
-
 CONVERSATIONS = {   # messages -> what is rendered, with answers in brackets; pieces are joined
     "one turn": ([("user", "hi"), ("assistant", "yo")], "<s> <|user|> hi <|assistant|> [yo </s>]"),
     "several turns": ([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
     "system joins the query": ([("system", "be kind"), ("user", "a"), ("assistant", "b")], "<s> <|user|> be kind\n\na <|assistant|> [b </s>]"),
+    "system before an answer": ([("system", "be kind"), ("assistant", "b"), ("system", "or not")], "<s> <|user|> be kind <|assistant|> [b </s>] <|user|> or not"),
     "empty query": ([("user", ""), ("assistant", "b")], "<s> <|user|> <|assistant|> [b </s>]"),
     "empty answer": ([("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")], "<s> <|user|> a <|assistant|> [</s>] <|user|> c <|assistant|> [d </s>]"),
     "answer first": ([("assistant", "b"), ("user", "c"), ("assistant", "d")], "<s> <|assistant|> [b </s>] <|user|> c <|assistant|> [d </s>]"),
@@ -60,6 +55,7 @@ KOALA = {   # the same conversations: texts that are tokenized apart, answers (w
     "one turn": ["BEGINNING OF CONVERSATION: USER: hi GPT:", ["yo"]],
     "several turns": ["BEGINNING OF CONVERSATION: USER: a GPT:", ["b"], "USER: c GPT:", ["d"]],
     "system joins the query": ["BEGINNING OF CONVERSATION: USER: be kind\n\na GPT:", ["b"]],
+    "system before an answer": ["BEGINNING OF CONVERSATION: USER: be kind GPT:", ["b"], "USER: or not"],
     "empty query": ["BEGINNING OF CONVERSATION: USER:  GPT:", ["b"]],
     "empty answer": ["BEGINNING OF CONVERSATION: USER: a GPT:", [""], "USER: c GPT:", ["d"]],
     "answer first": ["BEGINNING OF CONVERSATION: GPT:", ["b"], "USER: c GPT:", ["d"]],
@@ -105,6 +101,14 @@ def test_continuation_keeps_indentation(tokenizer):
     assert data.continuation(tokenizer, prompt, whole[len(prompt):]) == "\n    return  1"
 
 
+@pytest.mark.parametrize("template", ["tokens", "koala"])
+@pytest.mark.parametrize("query", ["", "a", "a longer query that fills the context " * 3])
+def test_continuation_behind_a_marker_is_the_answer(tokenizer, template, query):
+    messages = [{"role": "user", "content": query}, {"role": "assistant", "content": "  yes, 2  spaces"}]
+    prompt, whole = data.render(messages[:1], tokenizer, template, answer=True)[0], data.render(messages, tokenizer, template)[0]
+    assert data.continuation(tokenizer, prompt, whole[len(prompt):]) == " " * (template == "koala") + messages[1]["content"]
+
+
 def test_continuation_of_real_code_is_exact(real):
     import gzip
     tokenizer = data.load_tokenizer(real / "llama")
@@ -125,6 +129,23 @@ def test_no_token_is_lost_and_targets_are_the_inputs_moved_by_one(world):
     assert (inputs[1:] == targets[:-1]).all() and (packed.tokens[3 * 64 + 1:4 * 64 + 1] == targets).all() and (packed.loss_mask[3 * 64 + 1:4 * 64 + 1] == mask).all()
     answers = targets[mask == 1]
     assert tokenizer.added["<|user|>"] not in answers and tokenizer.added["<|assistant|>"] not in answers
+
+
+def test_a_row_is_one_conversation_cut_off_or_padded_without_loss(world):
+    packed = data.Packed(world / "chat")
+    for i in (0, 5, len(packed.starts) - 1):
+        start, end = [*packed.starts.tolist(), len(packed.tokens)][i:i + 2]
+        for length in (3, end - start - 1, end - start, end - start + 10):
+            n, rows = min(length, end - start - 1), packed.row(i, length)
+            for row, whole, at in zip(rows, (packed.tokens, packed.tokens, packed.loss_mask), (start, start + 1, start + 1)):
+                assert len(row) == length and (row[:n] == whole[at:at + n]).all()
+            assert not rows[2][n:].any()
+
+
+def test_plain_text_has_loss_on_every_token(tokenizer):
+    ids = [tokenizer.bos, *tokenizer.encode("plain <|user|> text"), tokenizer.eos]
+    for template in ("tokens", "koala"):
+        assert data.render([{"role": "text", "content": "plain <|user|> text"}], tokenizer, template) == (ids, [1] * len(ids))
 
 
 def test_packing_does_not_depend_on_the_number_of_processes(world, tmp_path):
@@ -238,7 +259,7 @@ def test_memory_holds_one_record_not_the_file(tmp_path):
         records, peak = map(int, program("-c", code).stdout.split())
         assert records == n
         peaks.append(peak)
-    assert peaks[1] < peaks[0] + 8000, peaks               # KiB
+    assert peaks[1] < peaks[0] + 32000, peaks              # KiB; the file would take 320 MB more
 
 
 U, A = lambda text: {"role": "user", "content": text}, lambda text: {"role": "assistant", "content": text}
@@ -344,7 +365,8 @@ def test_every_tokenizer_sees_the_same_order_of_conversations(world, real, tmp_p
     for tokenizer in (world / "world/tokenizer", real / "llama"):
         data.pack(tmp_path / "some.jsonl", tokenizer, "tokens", tmp_path / tokenizer.name, seed=3)
         packed = data.Packed(tmp_path / tokenizer.name)
-        orders.append([packed.tokenizer().decode(packed.tokens[a:b].tolist()).split() for a, b in zip(packed.starts, packed.starts[1:])])
+        decode = packed.tokenizer().decode
+        orders.append([decode(packed.tokens[a:b].tolist()).split() for a, b in zip(packed.starts, packed.starts[1:])])
     assert len(orders[0]) == 199 and orders[0] == orders[1]
     assert orders[0] != ["".join(m["content"] for m in r["messages"]).split() for r in some[:199]]
 
@@ -408,6 +430,12 @@ def test_a_malformed_line_is_one_line_and_status_2(world, tmp_path, text, words)
     (tmp_path / "bad.jsonl").write_bytes(text.encode("latin1"))
     assert words in one_line(program("data.py", "pack", tmp_path / "bad.jsonl", "--tokenizer", world / "world/tokenizer", "--out", tmp_path / "out", status=2))
     assert not (tmp_path / "out").exists()
+
+
+def test_packing_a_gzipped_file_is_one_line(world, tmp_path):
+    import gzip
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((world / "mix.jsonl").read_bytes()))
+    assert "gunzip" in one_line(program("data.py", "pack", tmp_path / "c.jsonl.gz", "--tokenizer", world / "world/tokenizer", "--out", tmp_path / "o", status=2))
 
 
 def test_missing_files_are_one_line_and_status_2(tmp_path):

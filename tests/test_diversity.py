@@ -1,4 +1,5 @@
 """BLEU between queries: the index against sacrebleu, diversity, and the prompts that are held out."""
+import functools
 import gzip
 import itertools
 import json
@@ -14,6 +15,7 @@ import data
 from conftest import lines_of, one_line, program
 
 EXP = sacrebleu.BLEU(smooth_method="exp", effective_order=True)
+sacrebleu.metrics.bleu.extract_all_word_ngrams = functools.cache(sacrebleu.metrics.bleu.extract_all_word_ngrams)     # which brute force asks for each text again and again
 
 
 def brute_force(hypotheses, references):

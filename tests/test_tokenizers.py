@@ -224,6 +224,16 @@ def test_both_spellings_of_gpt2_and_its_tokenizer_json_are_one(gpt2, real, tmp_p
         assert type(other) is data.GPT2Tokenizer and (other.hash, other.bos, other.eos) == (gpt2.hash, 50256, 50256)
 
 
+def test_a_fingerprint_tells_every_file_of_a_tokenizer(tmp_path):
+    for file in ("vocab.bpe", "merges.txt", "encoder.json", "vocab.json", "tokenizer.model", "model.safetensors"):
+        (tmp_path / file).write_text("a b\n")
+    before = data.fingerprint(tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        file.write_text("b a\n")
+        assert data.fingerprint(tmp_path) != before, file
+        before = data.fingerprint(tmp_path)
+
+
 def test_gpt2_needs_no_optional_package(gpt2, tmp_path, json_folder):
     (tmp_path / "tokenizers.py").write_text("raise ImportError")
     gpt2.save(tmp_path)
@@ -359,7 +369,8 @@ def test_gpt2_from_text_to_a_fine_tuned_checkpoint_that_answers(real, tmp_path):
     tokenizer = packed.tokenizer()
     assert packed.meta["vocab_size"] == 50259 and packed.meta["tokens"] == sum(len(data.render(m, tokenizer, "tokens")[0]) for m in conversations)
     assert (packed.tokens == tokenizer.added["<|assistant|>"]).sum() == len(conversations)          # none forged
-    assert conversations[0][1]["content"][:60] in program("data.py", "inspect", tmp_path / "packed", "--blocks", "100").stdout.replace("\n--- block", "")
+    shown = program("data.py", "inspect", tmp_path / "packed", "--blocks", "100").stdout
+    assert conversations[0][1]["content"][:60] in shown.replace("\n--- block", "") and "<|endoftext|><|user|>" in shown and "<s>" not in shown
     program("train.py", "--model", tmp_path / "base", "--data", tmp_path / "packed", "--out", tmp_path / "run", "--tokens", "1k", "--block", "64", "--batch", "4")
     data.write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "prompt": "What is AI?<|assistant|>"}])
     program("model.py", "generate", "--model", tmp_path / "run", "--prompts", tmp_path / "p.jsonl", "--max-new", "4", "--out", tmp_path / "r.jsonl")
