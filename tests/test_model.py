@@ -30,6 +30,7 @@ def pair_of(name, tmp_path):
     """Our model of a shape, and transformers' reading of the checkpoint that we wrote."""
     shape = dict(SHAPES[name])
     make = M.llama if shape.pop("kind") == "llama" else M.gpt2
+    torch.manual_seed(0)
     ours = M.Transformer(make(**shape, vocab_size=101, context=64, bos=1, eos=2)).initialize(0)
     with torch.no_grad():
         for p in ours.parameters():                                     # norms and biases too, or a wrong one would go unseen
