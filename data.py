@@ -301,10 +301,10 @@ class GrowingFile:
         if garbled:
             print(f"{self.path}: {garbled} garbled line{'s'[:garbled > 1]} passed over", file=sys.stderr)
 
-    def append(self, record):
+    def append(self, *records):
         start = self.file.seek(0, os.SEEK_END)
         try:
-            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self.file.write(b"".join(json.dumps(r, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for r in records))
             self.file.flush()
             os.fdatasync(self.file.fileno())
         except OSError:                                    # a full disk: leave no half line behind
@@ -666,6 +666,16 @@ def load_tokenizer(folder):
         return (GPT2Tokenizer if by_hand else JSONTokenizer)(folder, spec)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder / files[0]}: not the vocabulary of a tokenizer ({type(e).__name__}: {e})")
+
+
+@functools.cache
+def adds_bos(folder):
+    """Whether the checkpoint's own tokenizer puts its BOS before a text: a SentencePiece model does, a tokenizer.json says so in its post-processor, GPT-2's does not."""
+    if (Path(folder) / "tokenizer.model").is_file():
+        return True
+    path = Path(folder) / "tokenizer.json"
+    post = read_json(path).get("post_processor") or {} if path.is_file() else {}
+    return any("SpecialToken" in step for p in post.get("processors", [post]) for step in p.get("single", [])[:1])
 
 
 def continuation(tokenizer, prompt, new):

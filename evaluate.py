@@ -6,20 +6,27 @@
 
 In this file:
     results        scores with their standard errors and every setting that can move them
+    asking         a checkpoint or an endpoint, one process or several, resumed where it was killed
     nq             NaturalQuestions: exact match, contains-match
+    mmlu           57 subjects of multiple choice
     style          Table 2: lists, closing summaries, shared words, lengths
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
+import contextlib
+import csv
+import datetime
 import math
+import os
 import re
 import string
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from data import (Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, positive, read_json, read_questions, read_replies, run,
-                  same_settings, stop_rule, write_json, write_jsonl)
+from data import (SPECIAL, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, read_jsonl,
+                  read_questions, read_replies, run, same_settings, stop_rule, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
@@ -31,12 +38,10 @@ def proportion(values):
     return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
 
 
-def by_category(metric, rows, key):
-    """The metric over all rows, and beside it over each `category` that the examples carry: {"exact_match", "exact_match/covered", …}."""
-    metrics = {metric: proportion([r[key] for r in rows])}
-    for category in sorted({r["category"] for r in rows if r.get("category")}):
-        metrics[f"{metric}/{category}"] = proportion([r[key] for r in rows if r.get("category") == category])
-    return metrics
+def by_category(metric, rows, field="category"):
+    """The metric over all rows, and beside it over each category that the examples carry: {"exact_match", "exact_match/covered", …}."""
+    kinds = sorted({r[field] for r in rows if r.get(field)})
+    return {metric: proportion([r[metric] for r in rows])} | {f"{metric}/{kind}": proportion([r[metric] for r in rows if r.get(field) == kind]) for kind in kinds}
 
 
 def model_card(folder):
@@ -56,28 +61,231 @@ def finished(folder, settings):
     return same_settings(Path(folder) / "results.json", "settings", settings)
 
 
-def write_results(folder, task, model, metrics, settings, samples):
+def write_results(folder, task, model, metrics, settings, samples, **more):
     write_jsonl(Path(folder) / "samples.jsonl", samples)
-    write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings})
+    write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings, **more})
 
 
 def show(name, metrics):
     print(f"{name}: " + ", ".join(f"{k} {m['score']:.3f}" + (f" ± {m['stderr']:.3f}" if m["stderr"] is not None else "") for k, m in metrics.items() if m["score"] is not None), flush=True)
 
 
+# --- asking -----------------------------------------------------------------------------------------------------------------------
+# One way for every task. An example is {"prompt": k -> its pieces without the first k shots, "shots": their number, "group": what
+# shares them, "sample": fields of its line in samples.jsonl}. A line is on disk before its example counts as done: a run that was
+# killed continues with the same command. Under torchrun the ranks share the examples, and the first one writes the result.
+
+def few_shot(header, shots, question, end):
+    """A prompt in pieces, in turn a user's and an assistant's: joined they are the text, apart they are turns."""
+    pieces = [p for q, a in shots for p in (q, f" {a}{end}")] + [question]
+    return [header + pieces[0], *pieces[1:]]
+
+
+def messages_of(pieces, shots_as):
+    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's."""
+    if shots_as == "text":
+        return [{"role": "user", "content": "".join(pieces)}]
+    return [{"role": ("user", "assistant")[i % 2], "content": p.strip()} for i, p in enumerate(pieces)]
+
+
+def fit(example, room, encode):
+    """(ids, what was lost) of a prompt that has `room` for so many ids: whole shots go first, from the left, then tokens from the left."""
+    for lost in range(example["shots"] + 1):
+        pieces = example["prompt"](lost)
+        ids = encode(pieces)
+        if len(ids) <= room:
+            break
+    return ids[-room:], {"prompt_hash": digest(pieces), **({"lost_shots": lost} if lost else {}), **({"lost_tokens": len(ids) - room} if len(ids) > room else {})}
+
+
+def letter_ids(tokenizer, letters, before):
+    """(ids before the letter, one id per letter) of answers that begin with `before`: " " behind plain text, "" behind an assistant marker.
+
+    GPT-2 has one token for " A", SentencePiece one for "▁A", which it also makes of a lone "A"; a small vocabulary may spell it "▁", "A".
+    """
+    ids = [tokenizer.encode(before + letter) for letter in letters]
+    if len({tuple(i[:-1]) for i in ids}) > 1 or len({i[-1] for i in ids}) < len(letters):
+        raise UserError(f"{tokenizer.folder}: the tokenizer has no token of its own for each of {', '.join(letters)}")
+    return ids[0][:-1], [i[-1] for i in ids]
+
+
+def ask_checkpoint(path, args, device, dtype, template):
+    """A function ask(examples, took, …) that answers by a checkpoint; it tells took([(index, answer, what was lost)]) as answers come.
+
+    An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the logits of those behind the prompt.
+    """
+    from model import generate, last_states, load, prompt_ids
+    model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
+    import torch
+
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0, seeds=None):
+        room = model.config.context - max_new
+        if room < 1:
+            raise UserError(f"--max-new {max_new}: {path} has a context of {model.config.context} tokens")
+        probe, spaced = ("Answer:", " ") if template == "plain" else ("", "")               # behind text a letter has a space, behind a marker none
+        before, ends = letter_ids(tokenizer, letters, probe + spaced) if letters else ([], [])
+
+        def encode(pieces):
+            if letters and template == "plain":                                             # as one text, less the letter
+                *ids, last = prompt_ids([{"role": "user", "content": "".join(pieces) + spaced + letters[0]}], tokenizer, template)
+                if last != ends[0]:
+                    raise UserError(f"{path}: the tokenizer joins the answer's letter with what stands before it")
+                return ids
+            return prompt_ids(messages_of(pieces, args.shots_as), tokenizer, template) + before
+
+        ids, lost = zip(*(fit(e, room, encode) for e in examples)) if examples else ((), ())
+        if not letters:
+            return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p, seeds=seeds,
+                            done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
+        groups, rows = {}, model.output_weight[torch.tensor(ends, device=device)].float()   # four rows of the head: logits that bfloat16 does not round into ties
+        for i, example in enumerate(examples):
+            groups.setdefault((example["group"], lost[i].get("lost_shots")), []).append(i)
+        for group in groups.values():
+            for some, h in last_states(model, [ids[i] for i in group]):
+                took([(group[i], logits, lost[group[i]]) for i, logits in zip(some, (h.float() @ rows.T).tolist())])
+    return ask
+
+
+def ask_endpoint(args, journal):
+    """The same of an endpoint, which answers in text whatever is asked; None where it rejected a request."""
+    from imitation import teacher_of
+
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0, seeds=None):
+        pieces = [e["prompt"](0) for e in examples]
+        requests_ = ({"messages": messages_of(p, args.shots_as), "temperature": temperature, "max_tokens": max_new, **({"top_p": top_p} if top_p < 1 else {}),
+                      **({"index": seeds[i]} if seeds else {})} for i, p in enumerate(pieces))
+        with teacher_of(args, journal) as teacher:
+            for i, (_, r) in enumerate(teacher.ask(requests_, "endpoint", len(examples))):
+                took([(i, None if r["status"] == "refused" else r["content"], {"prompt_hash": digest(pieces[i])})])
+    return ask
+
+
+def each_model(args, settings):
+    """Yield (model card, folder, settings, ask) for every --model, or for the endpoint, whose result is not there yet."""
+    if bool(args.model) == bool(args.endpoint):
+        raise UserError("give either --model DIR … or --endpoint URL")
+    settings = {**settings, "shots_as": args.shots_as}
+    if args.endpoint:
+        if not args.endpoint_model:
+            raise UserError("--endpoint needs --endpoint-model NAME")
+        if args.template or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("--endpoint: it applies a template of its own, and one process asks it (--concurrency); leave out --template and torchrun")
+        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id}
+        if finished(folder, own):
+            return print(f"{folder}: finished already")
+        yield {"name": args.endpoint_model, "endpoint": True}, folder, own, ask_endpoint(args, folder / "journal.jsonl")
+        return
+    from model import checkpoint_folder, pick_device, pick_dtype, read_config, template_of
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    paths = [checkpoint_folder(m) for m in args.model]
+    names = [Path(p).name for p in paths]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
+    templates = [template_of(path, args.template) for path in paths]                        # no checkpoint there: an error before any work
+    if args.shots_as == "turns" and "plain" in templates:
+        raise UserError("--shots-as turns: the template plain has no turns; give --template tokens or koala, or leave the shots as text")
+    for path, template in zip(paths, templates):
+        folder = Path(args.out) / Path(path).name
+        own = {**settings, "template": template, **({"bos": adds_bos(path)} if template == "plain" else {}), "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
+        if finished(folder, own):
+            print(f"{folder}: finished already")
+            continue
+        yield model_card(path), folder, own, ask_checkpoint(path, args, device, dtype, template)
+
+
+def sampled(rows, args):
+    """(rows, settings): all of them, or --limit of them drawn by --seed, in their order."""
+    if args.limit is None or args.limit >= len(rows):
+        return rows, {"limit": None, "seed": None, "of": len(rows)}
+    return [rows[i] for i in sorted(np.random.default_rng(args.seed).choice(len(rows), args.limit, replace=False))], {"limit": args.limit, "seed": args.seed, "of": len(rows)}
+
+
+def from_all(value, world):
+    """[the value of each rank]."""
+    if world == 1:
+        return [value]
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))                 # a rank may have long to wait for the others
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def left_over(folder, settings):
+    """{index: line} of a run that was killed, whichever ranks wrote them; all then stand in samples.jsonl."""
+    if not same_settings(folder / "unfinished.json", "settings", settings):
+        for path in folder.glob("samples*.jsonl"):
+            path.unlink()
+        write_json(folder / "unfinished.json", {"settings": settings})
+    done = {}
+    for path in sorted(folder.glob("samples*.jsonl")):
+        file = GrowingFile(path)
+        file.close()
+        done |= {r["index"]: r for r in file.records if not r.get("failed")}
+    write_jsonl(folder / "samples.jsonl", done.values())
+    for path in folder.glob("samples.*.jsonl"):
+        path.unlink()
+    return done
+
+
+def score_models(args, task, settings, examples, verdict, summarize, running=None, **asking):
+    """Ask every --model, or the endpoint, all examples; write and show its results.
+
+    verdict(example, answer) -> further fields of the example's line; summarize(lines) -> metrics, and may add fields. `running`
+    names the field whose mean the progress bar shows; `asking` are ask_checkpoint's keywords, `seeds` one per example.
+    """
+    from tqdm import tqdm
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for card, folder, own, ask in each_model(args, settings):
+        with locked(folder / "samples", folder) if rank == 0 else contextlib.nullcontext():
+            done = from_all(left_over(folder, own) if rank == 0 else None, world)[0]
+            todo = [i for i in range(len(examples)) if i not in done]
+            cost = np.cumsum([len(examples[i]["prompt"](examples[i]["shots"])[-1]) for i in todo])   # neighbours share their shots, so a rank takes neighbours
+            mine = [i for i, c in zip(todo, cost) if (c - 1) * world // cost[-1] == rank]
+            file, new = GrowingFile(folder / (f"samples.{rank}.jsonl" if rank else "samples.jsonl")), []
+            bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if rank else None)
+
+            def took(answers):
+                lines = [{"index": mine[j], **examples[mine[j]]["sample"], **lost, **({"failed": True} if answer is None else verdict(examples[mine[j]], answer))} for j, answer, lost in answers]
+                file.append(*lines)
+                new.extend(lines)
+                scores = [s[running] for s in new if running in s]
+                bar.set_postfix_str(f"{running} {np.mean(scores):.3f}" if scores else "", refresh=False)
+                bar.update(len(lines))
+            seeds = asking.get("seeds")
+            with bar, contextlib.closing(file):
+                ask([examples[i] for i in mine], took, **asking | ({"seeds": [seeds[i] for i in mine]} if seeds else {}))
+            samples = sorted((s for part in from_all(new, world) for s in part), key=lambda s: s["index"])
+            if rank:
+                continue
+            samples = sorted([*done.values(), *samples], key=lambda s: s["index"])
+            metrics = summarize([s for s in samples if not s.get("failed")])                # a request that failed is counted, never scored
+            counts = {k: sum(bool(s.get(k)) for s in samples) for k in ("failed", "unparsed", "lost_shots", "lost_tokens")}
+            for name, text in (("failed", "got no answer and are left out"), ("unparsed", "got an answer without a letter in it, which counts as wrong"),
+                               ("lost_shots", "had prompts longer than the context, which lost shots from the left"), ("lost_tokens", "had prompts that lost tokens from the left besides")):
+                if counts[name]:
+                    print(f"{card['name']}: {counts[name]} of {len(samples)} questions {text}", file=sys.stderr)
+            write_results(folder, task, card, metrics, own, samples, counts=counts)
+            for path in [folder / "unfinished.json", *folder.glob("samples.*.jsonl")]:
+                path.unlink(missing_ok=True)
+            show(card["name"], {k: m for k, m in metrics.items() if k.count("/") < 1 or len(metrics) < 9})
+
+
 # --- nq ---------------------------------------------------------------------------------------------------------------------------
 
 def nq_prompt(question, shots):
     """What every model is shown, inside its template. The paper does not give its prompt; this is that of lm-evaluation-harness's nq_open."""
-    return "Answer these questions:\n\n" + "".join(f"Q: {q.rstrip('?')}?\nA: {a}\n" for q, a in shots) + f"Q: {question.rstrip('?')}?\nA:"
+    return few_shot("Answer these questions:\n\n", [(f"Q: {q.rstrip('?')}?\nA:", a) for q, a in shots], f"Q: {question.rstrip('?')}?\nA:", "\n")
 
 
 STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
 
 
 def normalize_answer(text):
-    """Lower case, no punctuation, no articles, single spaces: SQuAD's normalisation, which NQ-open's evaluation uses."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's normalisation, over decomposed characters as in NQ-open's own evaluation."""
+    text = "".join(c for c in unicodedata.normalize("NFD", text).lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -91,15 +299,8 @@ def contains_match(prediction, answers):
     return int(any(f" {normalize_answer(a)} " in words for a in answers if normalize_answer(a)))
 
 
-def sample_of(rows, limit, seed):
-    """All rows, or `limit` of them drawn by `seed`, in their order."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
-
-
 def nq(args):
-    rows = sample_of(read_questions(args.data), args.limit, args.seed)
+    rows, sample = sampled(read_questions(args.data), args)
     shots = []
     if args.shots:
         if not args.few_shot:
@@ -107,74 +308,90 @@ def nq(args):
         shots = [(r["question"], r["answer"][0]) for r in read_questions(args.few_shot)[:args.shots]]
         if len(shots) < args.shots:
             raise UserError(f"{args.few_shot}: {len(shots)} examples, --shots asks for {args.shots}")
-    settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, "limit": args.limit,
-                "seed": args.seed if args.limit else None, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
-    for model, folder, own, complete in each_model(args, settings):
-        prompts = [nq_prompt(r["question"], shots) for r in rows]
-        outputs = complete(prompts, STOPS[args.stop])
-        samples = []
-        for row, prompt, output in zip(rows, prompts, outputs):
-            text = cut(output, STOPS[args.stop]) if output is not None else ""
-            samples.append({"question": row["question"], **({"category": row["category"]} if "category" in row else {}), "prompt_hash": digest(prompt), "output": text, "failed": output is None,
-                            "exact_match": exact_match(text, row["answer"]), "contains_match": contains_match(text, row["answer"])})
-        answered = [s for s in samples if not s["failed"]]                  # a request that failed is counted, never scored
-        metrics = by_category("exact_match", answered, "exact_match") | by_category("contains_match", answered, "contains_match")
-        if len(answered) < len(samples):
-            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} questions got no answer and are left out", file=sys.stderr)
-        write_results(folder, "nq", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
-        show(model["name"], metrics)
+    settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, **sample,
+                "data": Path(args.data).name, "data_hash": file_hash(args.data)}
+    examples = [{"prompt": lambda lost, q=r["question"]: nq_prompt(q, shots[lost:]), "shots": len(shots), "group": "", "answer": r["answer"],
+                 "sample": {k: r[k] for k in ("question", "category") if k in r}} for r in rows]
+
+    def verdict(example, output):
+        text = cut(output, STOPS[args.stop])
+        return {"output": text, "exact_match": exact_match(text, example["answer"]), "contains_match": contains_match(text, example["answer"])}
+    score_models(args, "nq", settings, examples, verdict, lambda lines: by_category("exact_match", lines) | by_category("contains_match", lines), "exact_match",
+                 stops=STOPS[args.stop], max_new=args.max_new)
 
 
-def each_model(args, settings):
-    """Yield (model card, folder, settings, complete) for every --model, or for the endpoint, whose result is not there yet.
+# --- mmlu -------------------------------------------------------------------------------------------------------------------------
 
-    complete(prompts, stops) returns a text per prompt, None where an endpoint gave no answer.
-    """
-    if bool(args.model) == bool(args.endpoint):
-        raise UserError("give either --model DIR … or --endpoint URL")
-    if args.endpoint:
-        from imitation import teacher_of
-        if not args.endpoint_model:
-            raise UserError("--endpoint needs --endpoint-model NAME")
-        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id}
-        if finished(folder, own):
-            return print(f"{folder}: finished already")
+MMLU = {"STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics computer_security conceptual_physics "
+                "electrical_engineering elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
+                "high_school_statistics machine_learning",
+        "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence logical_fallacies moral_disputes "
+                      "moral_scenarios philosophy prehistory professional_law world_religions",
+        "social sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics high_school_psychology "
+                           "human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
+        "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics miscellaneous nutrition professional_accounting "
+                 "professional_medicine virology"}
+CATEGORY = {subject: category for category, subjects in MMLU.items() for subject in subjects.split()}        # Hendrycks et al. 2021, categories.py
+LETTERS = "ABCD"
 
-        def complete(prompts, stops):
-            with teacher_of(args, folder / "journal.jsonl") as teacher:
-                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": 0, "max_tokens": args.max_new} for p in prompts)
-                return [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, "nq", len(prompts))]
-        yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
-        return
-    from model import checkpoint_folder, generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    paths = [checkpoint_folder(m) for m in args.model]
-    names = [Path(p).name for p in paths]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
-    for path in paths:
-        read_config(path)                                                   # no checkpoint there: an error before any work
-        folder, template = Path(args.out) / Path(path).name, template_of(path, args.template)
-        own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
-        if finished(folder, own):
-            print(f"{folder}: finished already")
-            continue
-        model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
 
-        def complete(prompts, stops):
-            from tqdm import tqdm
-            ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
-            room = model.config.context - args.max_new
-            if room < 1:
-                raise UserError(f"--max-new {args.max_new}: {path} has a context of {model.config.context} tokens")
-            if cut_off := sum(len(i) > room for i in ids):
-                print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
-            ids = [i[-room:] for i in ids]
-            with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
-                new = generate(model, ids, args.max_new, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
-            return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
-        yield model_card(path), folder, own, complete
+def mmlu_prompt(subject, row, shots):
+    """Hendrycks et al.'s prompt as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
+    ask = lambda question, *choices: question.strip() + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)) + "\nAnswer:"
+    return few_shot(f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n", [(ask(*s[:5]), s[5]) for s in shots], ask(*row[:5]), "\n\n")
+
+
+def read_choices(path):
+    """Rows (question, A, B, C, D, letter) of a headerless csv file in the layout of Hendrycks et al."""
+    rows, line = [], 0
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        reader = csv.reader(f)
+        try:
+            for row in reader:
+                line = reader.line_num
+                if len(row) != 6 or row[5] not in [*LETTERS]:
+                    raise UserError(f"{path}:{line}: expected question, four choices and one of A, B, C, D; found {len(row)} fields, the last {row[-1:]}")
+                rows.append(row)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise UserError(f"{path}:{line + 1}: {e}")
+    if not rows:
+        raise UserError(f"{path}: no questions in it")
+    return rows
+
+
+def parse_letter(text):
+    """The letter that an answer in words settles on, None where it names none or leaves it open."""
+    text = text.strip()
+    found = re.match(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)", text) or re.search(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])", text)
+    return found[1] if found else None
+
+
+def mmlu(args):
+    folder = Path(args.data)
+    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in args.subjects or sorted(CATEGORY)}
+    data = {subject: [read_choices(path) for path in paths] for subject, paths in files.items()}
+    short = [subject for subject, (dev, _) in data.items() if len(dev) < args.shots]
+    if short:
+        raise UserError(f"{files[short[0]][0]}: {len(data[short[0]][0])} examples, --shots asks for {args.shots}")
+    rows, sample = sampled([(subject, row) for subject, (_, test) in data.items() for row in test], args)
+    settings = {"shots": args.shots, "subjects": len(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
+                "data_hash": digest([[file_hash(path) for path in paths] for paths in files.values()])}
+    examples = [{"prompt": lambda lost, s=subject, row=row: mmlu_prompt(s, row, data[s][0][:args.shots][lost:]), "shots": args.shots, "group": subject,
+                 "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
+
+    def verdict(example, answer):
+        said = {"output": answer} if isinstance(answer, str) else {"logits": answer}
+        choice = parse_letter(answer) if isinstance(answer, str) else LETTERS[int(np.argmax(answer))]
+        return {**said, "choice": choice, "accuracy": int(choice == example["sample"]["answer"]), **({} if choice else {"unparsed": True})}
+
+    def summarize(lines):
+        metrics, subjects = by_category("accuracy", lines), by_category("accuracy", lines, "subject")
+        each = [m for name, m in subjects.items() if name != "accuracy"]                    # macro: each subject counts the same
+        errors = [m["stderr"] for m in each]
+        metrics["accuracy_macro"] = {"score": float(np.mean([m["score"] for m in each])) if each else None, "n": len(each),
+                                     "stderr": float(np.sqrt(np.sum(np.square(errors))) / len(each)) if each and None not in errors else None}
+        return metrics | subjects
+    score_models(args, "mmlu", settings, examples, verdict, summarize, "accuracy", letters="" if args.endpoint else LETTERS, max_new=settings["max_new"])
 
 
 # --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
@@ -468,25 +685,36 @@ def figure(found, cards, path):
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
+def add_asking_flags(p, max_new):
+    from imitation import add_endpoint_flags
+    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
+    add_endpoint_flags(p, required=False)
+    p.add_argument("--template", choices=list(SPECIAL), help="what stands around a prompt; None takes the checkpoint's own, else plain")
+    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most")
+    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--seed", type=natural, default=0, help="of --limit")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
+
+
 def main():
     parser = Parser(description="Score models.", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --out results/nq")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
-    p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
-    from imitation import add_endpoint_flags
-    add_endpoint_flags(p, required=False)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
     p.add_argument("--shots", type=natural, default=0, help="§4: 3 in the figures, 0 in Table 1")
     p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
     p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
-    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    p.add_argument("--max-new", type=positive, default=32, help="tokens at most")
-    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
-    p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=natural, default=0)
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    add_asking_flags(p, 32)
+
+    p = commands.add_parser("mmlu", help="57 subjects of multiple choice", example="python evaluate.py mmlu --model runs/llama7b --data mmlu --out results/mmlu")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as Hendrycks et al. publish them")
+    p.add_argument("--shots", type=natural, default=5, help="§4: 5, from dev")
+    p.add_argument("--subjects", nargs="+", choices=sorted(CATEGORY), metavar="SUBJECT", help="None takes all 57")
+    add_asking_flags(p, 64)
 
     p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
@@ -500,7 +728,7 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
-    {"nq": nq, "style": style, "table": table}[args.command](args)
+    {"nq": nq, "mmlu": mmlu, "style": style, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def test_exact_and_contains_match():
 
 
 def test_the_prompt_is_that_of_lm_evaluation_harness():
-    assert E.nq_prompt("who is x", [("a b", "c"), ("d?", "e")]) == "Answer these questions:\n\nQ: a b?\nA: c\nQ: d?\nA: e\nQ: who is x?\nA:"
-    assert E.nq_prompt("who is x", []) == "Answer these questions:\n\nQ: who is x?\nA:"
+    assert "".join(E.nq_prompt("who is x", [("a b", "c"), ("d?", "e")])) == "Answer these questions:\n\nQ: a b?\nA: c\nQ: d?\nA: e\nQ: who is x?\nA:"
+    assert E.nq_prompt("who is x", []) == ["Answer these questions:\n\nQ: who is x?\nA:"]
 
 
 def test_stop_rules_cut_the_answer():
@@ -106,7 +106,7 @@ def test_a_failed_request_is_counted_and_not_scored(world, tmp_path):
     server = Faulty(lambda n, request, handler: 400 if n % 2 else {"content": "nothing"})
     done = program("evaluate.py", "nq", "--endpoint", server.url, "--endpoint-model", "m", "--data", world / "world/nq/test.jsonl", "--out", tmp_path / "r", "--concurrency", "1")
     result = json.loads((tmp_path / "r/m/results.json").read_text())
-    assert result["metrics"]["exact_match"]["n"] == 20 and result["model"]["failed"] == 20 and "20 of 40" in done.stderr
+    assert result["metrics"]["exact_match"]["n"] == 20 and result["counts"]["failed"] == 20 and "20 of 40" in done.stderr
 
 
 def test_another_checkpoint_of_the_same_name_is_not_finished_already(world, tmp_path):
