@@ -1052,10 +1052,14 @@ class Cache:
         self.new[i] = k, v
         if self.prefix[i] is None:
             return attention(q, k, v)
-        T = q.shape[2]
-        causal = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()
-        rows = max(1, (1 << 26) // (q.shape[1] * T * (T + self.prefix[i][0].shape[1])))      # bounds the float32 scores
-        return torch.cat([attend_with_prefix(q[r:r + rows], k[r:r + rows], v[r:r + rows], causal, self.prefix[i]) for r in range(0, len(q), rows)])
+        (KV, P, D), T = self.prefix[i][0].shape, q.shape[2]
+        causal = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)            # aligned bottom-right
+        rows = max(1, (1 << 26) // (KV * (P + T) * D))                                      # bounds the copies of the prefix, which the fused kernel is worth
+
+        def part(r):
+            k_, v_ = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(self.prefix[i], (k[r:r + rows], v[r:r + rows])))
+            return F.scaled_dot_product_attention(q[r:r + rows], k_, v_, attn_mask=causal, enable_gqa=q.shape[1] != KV)
+        return torch.cat([part(r) for r in range(0, len(q), rows)])
 
     def attend_step(self, at, length):
         """One token for each of the first len(at) rows, written at `at` (n,) behind the prefix; `length` ≥ max(at) + 1."""
