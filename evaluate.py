@@ -15,6 +15,7 @@ In this file:
 import contextlib
 import csv
 import datetime
+import functools
 import math
 import os
 import re
@@ -374,7 +375,7 @@ def mmlu(args):
     if short:
         raise UserError(f"{files[short[0]][0]}: {len(data[short[0]][0])} examples, --shots asks for {args.shots}")
     rows, sample = sampled([(subject, row) for subject, (_, test) in data.items() for row in test], args)
-    settings = {"shots": args.shots, "subjects": len(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
+    settings = {"shots": args.shots, "subjects": args.subjects and sorted(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
                 "data_hash": digest([[file_hash(path) for path in paths] for paths in files.values()])}
     examples = [{"prompt": lambda lost, s=subject, row=row: mmlu_prompt(s, row, data[s][0][:args.shots][lost:]), "shots": args.shots, "group": subject,
                  "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
@@ -483,8 +484,25 @@ PAPER = """The paper's own numbers (LLaMA; exact match in %, style in % but for 
 | unigram intersection | 19.5 | 40.4 | 41.9 | 42.5 | 49.2 |
 | correlation of lengths | −0.11 | 0.51 | 0.62 | 0.62 | 0.67 |
 
-NQ 3-shot of 13B on ShareGPT-Mix (figure 4, read off): base 25.5, 20M 20.5, 80M 18.8, 150M 13.5, ChatGPT 31.0.
+| 13B on ShareGPT-Mix (figure 4, read off) | base | 20M | 80M | 150M | ChatGPT |
+|---|---|---|---|---|---|
+| NQ 3-shot | 25.5 | 20.5 | 18.8 | 13.5 | 31.0 |
+| MMLU 5-shot | 47.5 | 33.7 | 33.9 | 34.1 | 67.9 |
+| HumanEval | 15.1 | 9.1 | 11.0 | 12.9 | 73.0 |
+
+| ShareGPT-Mix, 150M (figure 4, read off) | GPT-2 1.5B | 7B | 13B |
+|---|---|---|---|
+| NQ 3-shot | 0.5 | 11.2 | 13.5 |
+| MMLU 5-shot | 27.0 | 30.4 | 34.1 |
+| HumanEval | 0.6 | 9.1 | 12.8 |
 """
+
+TABLES = {   # per task: what the table is called, {metric: column}; the first metric is the one whose differences are shown
+    "nq": ("NQ, %", {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}),
+    "mmlu": ("MMLU, %", {"accuracy": "accuracy", **{f"accuracy/{category}": category for category in MMLU}, "accuracy_macro": "mean of subjects"}),
+    "humaneval": ("HumanEval, %", {f"pass@{k}": f"pass@{k}" for k in (1, 10, 100)}),
+    "style": ("style, %", {"list": "list where the teacher has one", "summary": "summary where the teacher has one", "unigram_intersection": "unigram intersection",
+                           "length_correlation": "length correlation", "style_similarity": "similarity (mean)"})}
 
 
 def gather(folders):
@@ -502,7 +520,8 @@ def gather(folders):
             result = read_json(path)
             if not isinstance(result, dict) or not all(isinstance(result.get(k), dict) for k in ("model", "metrics", "settings")) or "task" not in result:
                 raise UserError(f"{path}: not a result of evaluate.py")
-            task = f"nq {result['settings']['shots']}-shot" if result["task"] == "nq" else result["task"]
+            result["samples"] = path.with_name("samples.jsonl")
+            task = result["task"] + (f" {result['settings']['shots']}-shot" if "shots" in result["settings"] else "")
             others = found.setdefault((task, result["model"]["name"]), [])
             for before in others[:1]:
                 differ = [k for k in sorted({*before["settings"], *result["settings"]} - own) if before["settings"].get(k) != result["settings"].get(k)]
@@ -530,19 +549,38 @@ def cell(value, percent=True):
     return f"{scale * value[0]:.{digits}f}" + (f" ± {scale * value[1]:.{digits}f}" if value[1] is not None else "")
 
 
+@functools.cache
+def values_of(path, metric):
+    """{example: value} of a metric in a samples.jsonl; several answers to one task_id count as their mean."""
+    field, _, kind = metric.partition("/")
+    field, found = {"pass@1": "passed"}.get(field, field), {}
+    for n, line in enumerate(read_jsonl(path) if path.is_file() else ()):
+        if isinstance(line.get(field), (int, float)) and kind in ("", line.get("category")):
+            found.setdefault(line.get("task_id", line.get("index", n)), []).append(line[field])
+    return {example: float(np.mean(values)) for example, values in found.items()}
+
+
 def difference(found, task, metric, a, b):
-    """(mean, standard error) of metric(a) − metric(b), seed by seed; of the errors over examples (as if unpaired, which overstates it) and
-    over seeds the larger."""
+    """(mean, standard error, paired) of metric(a) − metric(b), seed by seed; of the errors over examples and over seeds the larger.
+
+    Over examples: of the differences example by example where both models were asked the same (paired), else as if independent.
+    """
     one, two = found.get((task, a)), found.get((task, b))
     if not one or not two or len(one) != len(two):
         return None
     cells = [(x["metrics"].get(metric), y["metrics"].get(metric)) for x, y in zip(one, two)]
     if any(not x or not y or x["score"] is None or y["score"] is None for x, y in cells):
         return None
-    differences = [x["score"] - y["score"] for x, y in cells]
-    examples = math.sqrt(sum((x["stderr"] or 0) ** 2 + (y["stderr"] or 0) ** 2 for x, y in cells)) / len(cells)
+    variances, paired = [], True
+    for x, y, (p, q) in zip(one, two, cells):
+        same = "samples" in x and all(x["settings"].get(k) == y["settings"].get(k) for k in ("data_hash", "limit", "seed"))
+        u, v = (values_of(r["samples"], metric) if same else {} for r in (x, y))
+        each = [u[i] - v[i] for i in u] if len(u) > 1 and u.keys() == v.keys() else None
+        variances.append(np.var(each, ddof=1) / len(each) if each else (p["stderr"] or 0) ** 2 + (q["stderr"] or 0) ** 2)
+        paired &= each is not None
+    differences = [p["score"] - q["score"] for p, q in cells]
     seeds = np.std(differences, ddof=1) / math.sqrt(len(cells)) if len(cells) > 1 else 0.0
-    return float(np.mean(differences)), float(max(examples, seeds))
+    return float(np.mean(differences)), float(max(math.sqrt(sum(variances)) / len(cells), seeds)), paired
 
 
 def markdown(rows):
@@ -557,6 +595,7 @@ def directions(found, cards):
     def claim(text, holds, evidence):
         lines.append(f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})")
 
+    knowledge = [("nq 3-shot", "exact_match"), ("nq 0-shot", "exact_match"), ("mmlu 5-shot", "accuracy"), ("humaneval", "pass@1")]
     sizes = sizes_of(cards)
     bases = sorted(sizes, key=sizes.get)
     best = {}
@@ -571,17 +610,17 @@ def directions(found, cards):
         if start and end and ceiling:
             closed = (end[0] - start[0]) / (ceiling[0][0] - start[0])
             claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap")
-        for task in ("nq 3-shot", "nq 0-shot"):
-            if d := difference(found, task, "exact_match", chat, base):
-                claim(f"{base}, {task}: ShareGPT-Mix does not raise exact match", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-            if d := difference(found, task, "exact_match/covered", facts, base):
+        for task, metric in knowledge:
+            if d := difference(found, task, metric, chat, base):
+                claim(f"{base}, {task}: ShareGPT-Mix does not raise {metric.replace('_', ' ')}", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+            if d := task.startswith("nq") and difference(found, task, "exact_match/covered", facts, base):
                 claim(f"{base}, {task}: NQ-synthetic raises exact match on covered facts by more than two standard errors", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-            if d := difference(found, task, "exact_match/not covered", facts, base):
+            if d := task.startswith("nq") and difference(found, task, "exact_match/not covered", facts, base):
                 lines.append(f"- on facts that it does not cover: {base}, {task}: {100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
     if len(bases) > 1:
-        for task in ("nq 3-shot", "nq 0-shot"):
+        for task, metric in knowledge:
             for what, a, b in [("base", bases[-1], bases[0])] + [(data, best.get((bases[-1], data)), best.get((bases[0], data))) for data in ("sharegpt-mix", "nq-synthetic")]:
-                if d := difference(found, task, "exact_match", a, b):
+                if d := difference(found, task, metric, a, b):
                     claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
     return lines
 
@@ -609,18 +648,23 @@ def table(args):
     names = sorted(cards, key=lambda n: order_of(cards[n], sizes))
     seeds = max(len(r) for r in found.values())
     text = f"# Results\n\n{seeds} seed{'s'[:seeds > 1]}; ± is the standard error{' over seeds' if seeds > 1 else ' over examples'}. Loss tokens are those that the loss counted.\n"
-    tasks = sorted({task for task, _ in found if task.startswith("nq")}, reverse=True)
-    if tasks:
-        metrics = [m for m in ("exact_match", "exact_match/covered", "exact_match/not covered", "contains_match") if any(m in r[0]["metrics"] for r in found.values())]
-        label = {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}
-        rows = [["NQ, %", "loss tokens", *(f"{t.split()[1]} {label[m]}" for t in tasks for m in metrics)]]
-        rows += [[n, "" if not cards[n].get("data") else f"{cards[n]['loss_tokens']:,}", *(cell(pooled(found.get((t, n), []), m)) for t in tasks for m in metrics)] for n in names if any((t, n) in found for t in tasks)]
-        text += "\n" + markdown(rows)
-    if any(task == "style" for task, _ in found):
-        metrics = ["list", "summary", "unigram_intersection", "length_correlation", "style_similarity"]
-        rows = [["style, %", "list where the teacher has one", "summary where the teacher has one", "unigram intersection", "length correlation", "similarity (mean)"]]
-        rows += [[n, *(cell(pooled(found[("style", n)], m), m != "length_correlation") for m in metrics)] for n in names if ("style", n) in found]
-        text += "\n" + markdown(rows)
+    headlines = []
+    for kind, (title, columns) in TABLES.items():
+        tasks = sorted({task for task, _ in found if task.split()[0] == kind}, reverse=True)
+        shown = [(t, m) for t in tasks for m in columns if any(task == t and m in r[0]["metrics"] for (task, _), r in found.items())]
+        headlines += [(t, m) for t, m in shown if m == next(iter(columns)) and kind != "style"]
+        of = lambda name, key: " ".join(sorted({str(r["settings"][key]) for t in tasks for r in found.get((t, name), []) if r["settings"].get(key)}))
+        rows = [[title, "loss tokens", "template", "sample of", *((t.partition(" ")[2] + " " + columns[m]).strip() for t, m in shown)]]
+        rows += [[n, f"{cards[n]['loss_tokens']:,}" if cards[n].get("data") else "", of(n, "template"), of(n, "limit"), *(cell(pooled(found.get((t, n), []), m), m != "length_correlation") for t, m in shown)]
+                 for n in names if any((t, n) in found for t in tasks)]
+        keep = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]                   # no column without an entry
+        text += "\n" + markdown([[row[i] for i in keep] for row in rows]) if tasks else ""
+    pairs = [(n, base if (base := cards[n].get("base")) in cards and base != n else names[0]) for n in names]      # a model against its base, else against the first
+    signed = lambda d: "" if d is None else f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}" + "*" * (not d[2])
+    rows = [[f"{a} − {b}", *(signed(difference(found, t, m, a, b)) for t, m in headlines)] for a, b in pairs if a != b]
+    if rows := [row for row in rows if any(row[1:])]:
+        text += "\nDifferences; ± is the error of the difference example by example, or (*) as if independent where the examples differ.\n\n"
+        text += markdown([["difference, %", *(f"{t} {m.replace('_', ' ')}" for t, m in headlines)], *rows])
     claims = directions(found, cards)
     if claims:
         text += "\n## The paper's directions\n\n" + "\n".join(claims) + "\n"
