@@ -99,51 +99,58 @@ def fit(example, room, encode):
     return ids[-room:], {"prompt_hash": digest(pieces), **({"lost_shots": lost} if lost else {}), **({"lost_tokens": len(ids) - room} if len(ids) > room else {})}
 
 
-def letter_ids(tokenizer, letters, before):
-    """(ids before the letter, one id per letter) of answers that begin with `before`: " " behind plain text, "" behind an assistant marker.
+def answer_ids(tokenizer, letters, before):
+    """(ids that all begin with, the further ids of each) of the letters behind the text `before`.
 
-    GPT-2 has one token for " A", SentencePiece one for "▁A", which it also makes of a lone "A"; a small vocabulary may spell it "▁", "A".
+    GPT-2 has one id for " A", LLaMA one for "▁A", also of a lone "A"; a vocabulary of 512 may have "▁A" but spell B as "▁", "B".
     """
-    ids = [tokenizer.encode(before + letter) for letter in letters]
-    if len({tuple(i[:-1]) for i in ids}) > 1 or len({i[-1] for i in ids}) < len(letters):
-        raise UserError(f"{tokenizer.folder}: the tokenizer has no token of its own for each of {', '.join(letters)}")
-    return ids[0][:-1], [i[-1] for i in ids]
+    ids = [tuple(tokenizer.encode(before + letter)) for letter in letters]
+    n = len(os.path.commonprefix(ids))
+    if min(map(len, ids)) == n:
+        raise UserError(f"{tokenizer.folder}: the tokenizer does not tell {', '.join(letters)} apart")
+    return list(ids[0][:n]), [i[n:] for i in ids]
 
 
 def ask_checkpoint(path, args, device, dtype, template):
     """A function ask(examples, took, …) that answers by a checkpoint; it tells took([(index, answer, what was lost)]) as answers come.
 
-    An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the logits of those behind the prompt.
+    An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the log-likelihoods of those behind the prompt.
     """
     from model import generate, last_states, load, prompt_ids
     model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
-    import torch
 
     def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0, seeds=None):
-        room = model.config.context - max_new
+        space = " " if template == "plain" else ""                                          # behind text a letter has a space before it, behind a marker none
+        before, answers = answer_ids(tokenizer, letters, f"Answer:{space}" if space else "") if letters else ([], [(0,)])
+        room = model.config.context - max(max_new, max(map(len, answers)) - 1)
         if room < 1:
             raise UserError(f"--max-new {max_new}: {path} has a context of {model.config.context} tokens")
-        probe, spaced = ("Answer:", " ") if template == "plain" else ("", "")               # behind text a letter has a space, behind a marker none
-        before, ends = letter_ids(tokenizer, letters, probe + spaced) if letters else ([], [])
 
         def encode(pieces):
-            if letters and template == "plain":                                             # as one text, less the letter
-                *ids, last = prompt_ids([{"role": "user", "content": "".join(pieces) + spaced + letters[0]}], tokenizer, template)
-                if last != ends[0]:
-                    raise UserError(f"{path}: the tokenizer joins the answer's letter with what stands before it")
-                return ids
+            if letters and space:                                                           # as one text with an answer, less the answer
+                ids = prompt_ids(messages_of([*pieces, space + letters[0]], "text"), tokenizer, template)
+                if tuple(ids[-len(answers[0]):]) != answers[0]:
+                    raise UserError(f"{path}: the tokenizer joins an answer's letter with what stands before it")
+                return ids[:-len(answers[0])]
             return prompt_ids(messages_of(pieces, args.shots_as), tokenizer, template) + before
 
         ids, lost = zip(*(fit(e, room, encode) for e in examples)) if examples else ((), ())
         if not letters:
             return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p, seeds=seeds,
                             done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
-        groups, rows = {}, model.output_weight[torch.tensor(ends, device=device)].float()   # four rows of the head: logits that bfloat16 does not round into ties
+        head, wanted = model.output_weight.float(), sorted({token for a in answers for token in a})          # float32: bfloat16 would round letters into ties
+        steps = sorted({a[:k] for a in answers for k in range(len(a))})                     # what stands before some id of an answer; () alone where each is one id
+        totals, left, groups = [[0.0] * len(letters) for _ in examples], [len(steps)] * len(examples), {}
         for i, example in enumerate(examples):
             groups.setdefault((example["group"], lost[i].get("lost_shots")), []).append(i)
         for group in groups.values():
-            for some, h in last_states(model, [ids[i] for i in group]):
-                took([(group[i], logits, lost[group[i]]) for i, logits in zip(some, (h.float() @ rows.T).tolist())])
+            queue = [(i, step) for i in group for step in steps]
+            for rows, h in last_states(model, [[*ids[i], *step] for i, step in queue]):
+                for (i, step), logp in zip((queue[r] for r in rows), (h.float() @ head.T).log_softmax(-1)[:, wanted].tolist()):
+                    left[i] -= 1
+                    for n, a in enumerate(answers):
+                        totals[i][n] += logp[wanted.index(a[len(step)])] if a[:len(step)] == step and len(a) > len(step) else 0.0
+                took([(i, totals[i], lost[i]) for i in {queue[r][0]: 0 for r in rows} if not left[i]])
     return ask
 
 
@@ -381,7 +388,7 @@ def mmlu(args):
                  "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
 
     def verdict(example, answer):
-        said = {"output": answer} if isinstance(answer, str) else {"logits": answer}
+        said = {"output": answer} if isinstance(answer, str) else {"log_likelihoods": answer}
         choice = parse_letter(answer) if isinstance(answer, str) else LETTERS[int(np.argmax(answer))]
         return {**said, "choice": choice, "accuracy": int(choice == example["sample"]["answer"]), **({} if choice else {"unparsed": True})}
 
