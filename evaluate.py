@@ -72,9 +72,13 @@ def show(name, metrics):
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------------------
-# One way for every task. An example is {"prompt": k -> its pieces without the first k shots, "shots": their number, "group": what
-# shares them, "sample": fields of its line in samples.jsonl}. A line is on disk before its example counts as done: a run that was
-# killed continues with the same command. Under torchrun the ranks share the examples, and the first one writes the result.
+# One way for every task. An example is {"prompt": k -> its pieces without the first k shots, "shots": their number, "sample": fields of
+# its line in samples.jsonl} and, where it matters, "group": what shares its shots, "seed": of its sampling. A line is on disk before its
+# example counts as done: the same command continues a run that was killed. Under torchrun the ranks share the examples, and the first
+# one writes the result.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def few_shot(header, shots, question, end):
     """A prompt in pieces, in turn a user's and an assistant's: joined they are the text, apart they are turns."""
@@ -96,7 +100,7 @@ def fit(example, room, encode):
         ids = encode(pieces)
         if len(ids) <= room:
             break
-    return ids[-room:], {"prompt_hash": digest(pieces), **({"lost_shots": lost} if lost else {}), **({"lost_tokens": len(ids) - room} if len(ids) > room else {})}
+    return ids[-room:], {"prompt_hash": digest(pieces), "lost_shots": lost, "lost_tokens": max(0, len(ids) - room)}
 
 
 def answer_ids(tokenizer, letters, before):
@@ -119,7 +123,7 @@ def ask_checkpoint(path, args, device, dtype, template):
     from model import generate, last_states, load, prompt_ids
     model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
 
-    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0, seeds=None):
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0):
         space = " " if template == "plain" else ""                                          # behind text a letter has a space before it, behind a marker none
         before, answers = answer_ids(tokenizer, letters, f"Answer:{space}" if space else "") if letters else ([], [(0,)])
         room = model.config.context - max(max_new, max(map(len, answers)) - 1)
@@ -136,21 +140,19 @@ def ask_checkpoint(path, args, device, dtype, template):
 
         ids, lost = zip(*(fit(e, room, encode) for e in examples)) if examples else ((), ())
         if not letters:
-            return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p, seeds=seeds,
-                            done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
+            return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p,
+                            seeds=[e.get("seed", 0) for e in examples], done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
         head, wanted = model.output_weight.float(), sorted({token for a in answers for token in a})          # float32: bfloat16 would round letters into ties
         steps = sorted({a[:k] for a in answers for k in range(len(a))})                     # what stands before some id of an answer; () alone where each is one id
-        totals, left, groups = [[0.0] * len(letters) for _ in examples], [len(steps)] * len(examples), {}
+        groups, known = {}, [{} for _ in examples]                                          # known[i][step][id]: log p of id behind prompt i and step
         for i, example in enumerate(examples):
-            groups.setdefault((example["group"], lost[i].get("lost_shots")), []).append(i)
+            groups.setdefault((example["group"], lost[i]["lost_shots"]), []).extend((i, step) for step in steps)
         for group in groups.values():
-            queue = [(i, step) for i in group for step in steps]
-            for rows, h in last_states(model, [[*ids[i], *step] for i, step in queue]):
-                for (i, step), logp in zip((queue[r] for r in rows), (h.float() @ head.T).log_softmax(-1)[:, wanted].tolist()):
-                    left[i] -= 1
-                    for n, a in enumerate(answers):
-                        totals[i][n] += logp[wanted.index(a[len(step)])] if a[:len(step)] == step and len(a) > len(step) else 0.0
-                took([(i, totals[i], lost[i]) for i in {queue[r][0]: 0 for r in rows} if not left[i]])
+            for rows, h in last_states(model, [[*ids[i], *step] for i, step in group]):
+                for r, logp in zip(rows, (h.float() @ head.T).log_softmax(-1)[:, wanted].tolist()):
+                    i, step = group[r]
+                    known[i][step] = dict(zip(wanted, logp))
+                took([(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers], lost[i]) for i in sorted({group[r][0] for r in rows}) if len(known[i]) == len(steps)])
     return ask
 
 
@@ -158,10 +160,10 @@ def ask_endpoint(args, journal):
     """The same of an endpoint, which answers in text whatever is asked; None where it rejected a request."""
     from imitation import teacher_of
 
-    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0, seeds=None):
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0):
         pieces = [e["prompt"](0) for e in examples]
         requests_ = ({"messages": messages_of(p, args.shots_as), "temperature": temperature, "max_tokens": max_new, **({"top_p": top_p} if top_p < 1 else {}),
-                      **({"index": seeds[i]} if seeds else {})} for i, p in enumerate(pieces))
+                      **({"index": e["seed"]} if "seed" in e else {})} for e, p in zip(examples, pieces))
         with teacher_of(args, journal) as teacher:
             for i, (_, r) in enumerate(teacher.ask(requests_, "endpoint", len(examples))):
                 took([(i, None if r["status"] == "refused" else r["content"], {"prompt_hash": digest(pieces[i])})])
@@ -172,34 +174,32 @@ def each_model(args, settings):
     """Yield (model card, folder, settings, ask) for every --model, or for the endpoint, whose result is not there yet."""
     if bool(args.model) == bool(args.endpoint):
         raise UserError("give either --model DIR … or --endpoint URL")
-    settings = {**settings, "shots_as": args.shots_as}
     if args.endpoint:
         if not args.endpoint_model:
             raise UserError("--endpoint needs --endpoint-model NAME")
-        if args.template or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.template or WORLD > 1:
             raise UserError("--endpoint: it applies a template of its own, and one process asks it (--concurrency); leave out --template and torchrun")
-        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id}
-        if finished(folder, own):
-            return print(f"{folder}: finished already")
-        yield {"name": args.endpoint_model, "endpoint": True}, folder, own, ask_endpoint(args, folder / "journal.jsonl")
-        return
-    from model import checkpoint_folder, pick_device, pick_dtype, read_config, template_of
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    paths = [checkpoint_folder(m) for m in args.model]
-    names = [Path(p).name for p in paths]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
-    templates = [template_of(path, args.template) for path in paths]                        # no checkpoint there: an error before any work
-    if args.shots_as == "turns" and "plain" in templates:
-        raise UserError("--shots-as turns: the template plain has no turns; give --template tokens or koala, or leave the shots as text")
-    for path, template in zip(paths, templates):
-        folder = Path(args.out) / Path(path).name
-        own = {**settings, "template": template, **({"bos": adds_bos(path)} if template == "plain" else {}), "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
-        if finished(folder, own):
+        models = [({"name": args.endpoint_model, "endpoint": True}, {"template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id},
+                   lambda folder: ask_endpoint(args, folder / "journal.jsonl"))]
+    else:
+        from model import checkpoint_folder, pick_device, pick_dtype, template_of
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        paths = [checkpoint_folder(m) for m in args.model]
+        names = [Path(p).name for p in paths]
+        if len(set(names)) < len(names):
+            raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
+        templates = [template_of(path, args.template) for path in paths]                    # no checkpoint there: an error before any work
+        if args.shots_as == "turns" and "plain" in templates:
+            raise UserError("--shots-as turns: the template plain has no turns; give --template tokens or koala, or leave the shots as text")
+        models = [(model_card(p), {"template": t, **({"bos": adds_bos(p)} if t == "plain" else {}), "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(p)},
+                   lambda folder, p=p, t=t: ask_checkpoint(p, args, device, dtype, t)) for p, t in zip(paths, templates)]
+    for card, own, ask_of in models:
+        folder, own = Path(args.out) / card["name"].replace("/", "_"), {**settings, "shots_as": args.shots_as, **own}
+        if not finished(folder, own):
+            yield card, folder, own, ask_of(folder)
+        elif RANK == 0:
             print(f"{folder}: finished already")
-            continue
-        yield model_card(path), folder, own, ask_checkpoint(path, args, device, dtype, template)
 
 
 def sampled(rows, args):
@@ -209,14 +209,14 @@ def sampled(rows, args):
     return [rows[i] for i in sorted(np.random.default_rng(args.seed).choice(len(rows), args.limit, replace=False))], {"limit": args.limit, "seed": args.seed, "of": len(rows)}
 
 
-def from_all(value, world):
+def from_all(value):
     """[the value of each rank]."""
-    if world == 1:
+    if WORLD == 1:
         return [value]
     import torch.distributed as dist
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))                 # a rank may have long to wait for the others
-    values = [None] * world
+    values = [None] * WORLD
     dist.all_gather_object(values, value)
     return values
 
@@ -242,43 +242,39 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
     """Ask every --model, or the endpoint, all examples; write and show its results.
 
     verdict(example, answer) -> further fields of the example's line; summarize(lines) -> metrics, and may add fields. `running`
-    names the field whose mean the progress bar shows; `asking` are ask_checkpoint's keywords, `seeds` one per example.
+    names the field whose mean the progress bar shows; `asking` are the keywords of `ask` (see ask_checkpoint).
     """
     from tqdm import tqdm
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for card, folder, own, ask in each_model(args, settings):
-        with locked(folder / "samples", folder) if rank == 0 else contextlib.nullcontext():
-            done = from_all(left_over(folder, own) if rank == 0 else None, world)[0]
+        with locked(folder / "samples", folder) if RANK == 0 else contextlib.nullcontext():
+            done = from_all(left_over(folder, own) if RANK == 0 else None)[0]
             todo = [i for i in range(len(examples)) if i not in done]
-            cost = np.cumsum([len(examples[i]["prompt"](examples[i]["shots"])[-1]) for i in todo])   # neighbours share their shots, so a rank takes neighbours
-            mine = [i for i, c in zip(todo, cost) if (c - 1) * world // cost[-1] == rank]
-            file, new = GrowingFile(folder / (f"samples.{rank}.jsonl" if rank else "samples.jsonl")), []
-            bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if rank else None)
+            cost = np.cumsum([len(examples[i]["prompt"](examples[i]["shots"])[-1]) for i in todo])       # neighbours share their shots, so a rank takes neighbours
+            mine = [i for i, c in zip(todo, cost) if (c - 1) * WORLD // cost[-1] == RANK]
+            file, new, scores = GrowingFile(folder / (f"samples.{RANK}.jsonl" if RANK else "samples.jsonl")), [], []
+            bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if RANK else None)
 
             def took(answers):
                 lines = [{"index": mine[j], **examples[mine[j]]["sample"], **lost, **({"failed": True} if answer is None else verdict(examples[mine[j]], answer))} for j, answer, lost in answers]
                 file.append(*lines)
                 new.extend(lines)
-                scores = [s[running] for s in new if running in s]
-                bar.set_postfix_str(f"{running} {np.mean(scores):.3f}" if scores else "", refresh=False)
+                scores.extend(line[running] for line in lines if running in line)
+                bar.set_postfix_str(f"{running} {sum(scores) / len(scores):.3f}" if scores else "", refresh=False)
                 bar.update(len(lines))
-            seeds = asking.get("seeds")
             with bar, contextlib.closing(file):
-                ask([examples[i] for i in mine], took, **asking | ({"seeds": [seeds[i] for i in mine]} if seeds else {}))
-            samples = sorted((s for part in from_all(new, world) for s in part), key=lambda s: s["index"])
-            if rank:
+                ask([examples[i] for i in mine], took, **asking)
+            del ask                                                                         # one model in memory at a time
+            lines = sorted([*done.values(), *(line for part in from_all(new) for line in part)], key=lambda line: line["index"])
+            if RANK:
                 continue
-            samples = sorted([*done.values(), *samples], key=lambda s: s["index"])
-            metrics = summarize([s for s in samples if not s.get("failed")])                # a request that failed is counted, never scored
-            counts = {k: sum(bool(s.get(k)) for s in samples) for k in ("failed", "unparsed", "lost_shots", "lost_tokens")}
-            for name, text in (("failed", "got no answer and are left out"), ("unparsed", "got an answer without a letter in it, which counts as wrong"),
-                               ("lost_shots", "had prompts longer than the context, which lost shots from the left"), ("lost_tokens", "had prompts that lost tokens from the left besides")):
-                if counts[name]:
-                    print(f"{card['name']}: {counts[name]} of {len(samples)} questions {text}", file=sys.stderr)
-            write_results(folder, task, card, metrics, own, samples, counts=counts)
-            for path in [folder / "unfinished.json", *folder.glob("samples.*.jsonl")]:
+            metrics = summarize([line for line in lines if not line.get("failed")])         # a request that failed is counted, never scored
+            counts = {what: sum(bool(line.get(what)) for line in lines) for what in ("failed", "unparsed", "lost_shots", "lost_tokens")}
+            if any(counts.values()):
+                print(f"{card['name']}: " + ", ".join(f"{n} of {len(lines)} {what.replace('_', ' ')}" for what, n in counts.items() if n), file=sys.stderr)
+            write_results(folder, task, card, metrics, own, lines, counts=counts)
+            for path in (folder / "unfinished.json", *folder.glob("samples.*.jsonl")):
                 path.unlink(missing_ok=True)
-            show(card["name"], {k: m for k, m in metrics.items() if k.count("/") < 1 or len(metrics) < 9})
+            show(card["name"], dict(list(metrics.items())[:8]))
 
 
 # --- nq ---------------------------------------------------------------------------------------------------------------------------
@@ -318,7 +314,7 @@ def nq(args):
             raise UserError(f"{args.few_shot}: {len(shots)} examples, --shots asks for {args.shots}")
     settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, **sample,
                 "data": Path(args.data).name, "data_hash": file_hash(args.data)}
-    examples = [{"prompt": lambda lost, q=r["question"]: nq_prompt(q, shots[lost:]), "shots": len(shots), "group": "", "answer": r["answer"],
+    examples = [{"prompt": lambda lost, q=r["question"]: nq_prompt(q, shots[lost:]), "shots": len(shots), "answer": r["answer"],
                  "sample": {k: r[k] for k in ("question", "category") if k in r}} for r in rows]
 
     def verdict(example, output):
