@@ -3,15 +3,22 @@
     python tests/bench.py generation            tokens a second and peak memory beside transformers' generate()
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
+    python tests/bench.py eval --model DIR --peer PYTHON      MMLU and NQ beside lm-evaluation-harness, which that interpreter has
 """
+import csv
 import json
 import multiprocessing
+import os
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Parser, print_table, run
@@ -198,14 +205,81 @@ def loading(args):
         print(f"{seconds:.1f} s")
 
 
+SUBJECTS = ["abstract_algebra", "anatomy", "astronomy", "college_chemistry", "human_sexuality"]
+
+
+def timed(command, folder):
+    """(wall, CPU) seconds of a command; its output is shown where it fails."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(list(map(str, command)), cwd=folder, text=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return np.array([time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime])
+
+
+def evaluation(args):
+    """Questions a second beyond a run of one question a subject, start-up and loading; the same model, precision, prompts and questions."""
+    here, shared, model = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent.parent / "shared", Path(args.model).resolve()
+    rows = [["task", "questions", "ours 1/s", "lm-eval 1/s", "its batch", "ratio", "ours per CPU s", "lm-eval per CPU s", "ratio"]]
+    with tempfile.TemporaryDirectory() as folder:
+        folder, count = Path(folder), {}
+
+        def data(name, n):
+            """The first n questions of each set in a folder of their own, and lm-eval's tasks that read them."""
+            for part in ("dev", "test"):
+                (folder / name / "mmlu" / part).mkdir(parents=True)
+                for subject in SUBJECTS:
+                    with open(shared / f"data/mmlu/{part}/{subject}_{part}.csv", newline="", encoding="utf-8") as f:
+                        kept = list(csv.reader(f))[:n if part == "test" else None]
+                    count[name, "mmlu"] = count.get((name, "mmlu"), 0) + len(kept) * (part == "test")
+                    with open(folder / name / "mmlu" / part / f"{subject}_{part}.csv", "w", newline="", encoding="utf-8") as f:
+                        csv.writer(f).writerows(kept)
+            (folder / name / "nq").mkdir()
+            (folder / name / "nq/fewshot.jsonl").write_bytes((shared / "data/nq/fewshot.jsonl").read_bytes())
+            kept = (shared / "data/nq/NQ-open.dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:args.nq if n != 1 else 1]
+            count[name, "nq"] = len(kept)
+            (folder / name / "nq/NQ-open.dev.jsonl").write_text("".join(kept), encoding="utf-8")
+            subprocess.run([sys.executable, shared / "lm_eval_tasks/make.py", folder / name / "tasks"], check=True, capture_output=True)
+            for path in (folder / name / "tasks").iterdir():
+                path.write_text(path.read_text().replace(str(shared / "data"), str(folder / name)))
+
+        def ours(name, task, run_):
+            more = ["--data", folder / name / "mmlu", "--subjects", *SUBJECTS] if task == "mmlu" else [
+                "--data", folder / name / "nq/NQ-open.dev.jsonl", "--shots", 3, "--few-shot", folder / name / "nq/fewshot.jsonl", "--stop", "sentence", "--max-new", 32]
+            return timed([sys.executable, here / "evaluate.py", task, "--model", model, "--dtype", "bfloat16", "--out", folder / f"out-{name}-{task}-{run_}", *more], folder)
+
+        def theirs(name, task, batch):
+            more = ["--tasks", ",".join(f"mmlu_local_{s}" for s in SUBJECTS), "--num_fewshot", 5] if task == "mmlu" else ["--tasks", "nq_local", "--num_fewshot", 3, "--gen_kwargs", "max_gen_toks=32"]
+            return timed([args.peer, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--include_path", folder / name / "tasks", "--device", "cpu", "--batch_size", batch, *more], folder)
+        data("one", 1)
+        data("all", args.questions)
+        for task in ("mmlu", "nq"):
+            n, pairs = count["all", task] - count["one", task], []
+            for run_ in range(args.runs):                               # in turn, so that a slow minute meets both
+                mine = n / (ours("all", task, run_) - ours("one", task, run_))
+                peer = max(((n / (theirs("all", task, b) - theirs("one", task, b)), b) for b in args.batch), key=lambda p: p[0][1])
+                pairs.append((mine, *peer))
+            mine, peer, batch = sorted(pairs, key=lambda p: p[0][1] / p[1][1])[len(pairs) // 2]
+            rows.append([task, count["all", task], f"{mine[0]:.2f}", f"{peer[0]:.2f}", batch, f"{mine[0] / peer[0]:.1f}", f"{mine[1]:.2f}", f"{peer[1]:.2f}", f"{mine[1] / peer[1]:.1f}"])
+    print_table(rows)
+
+
 def main():
     parser = Parser(description="Measurements beside a peer in the same run.", example="python tests/bench.py generation")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, text in (("generation", "beside transformers' generate()"), ("attention", "the kernel beside torch's, on a GPU"), ("loading", "memory of one rank of 8")):
         p = commands.add_parser(name, help=text)
         p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
+    p = commands.add_parser("eval", help="MMLU and NQ beside lm-evaluation-harness's hf backend")
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--peer", required=True, metavar="PYTHON", help="an interpreter that has lm_eval 0.4")
+    p.add_argument("--questions", type=int, help="the first so many of each of five MMLU subjects; None takes all")
+    p.add_argument("--nq", type=int, default=200, help="the first so many NQ questions")
+    p.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="batch sizes of lm-eval; its best is shown")
+    p.add_argument("--runs", type=int, default=3, help="the run of the median ratio is shown")
     args = parser.parse_args()
-    {"generation": generation, "attention": attention, "loading": loading}[args.command](args)
+    {"generation": generation, "attention": attention, "loading": loading, "eval": evaluation}[args.command](args)
 
 
 if __name__ == "__main__":
