@@ -154,7 +154,7 @@ def choices(tmp_path_factory):
     for subject in SUBJECTS:
         for part, n in (("dev", 3), ("test", 11)):
             (folder / part).mkdir(exist_ok=True)
-            rows = [f'"What is {subject[:3]} {"very " * (i % 4)}{part} {i}?",red,"blue, or so",{i},none,{"ABCD"[i % 4]}' for i in range(n)]
+            rows = [f'"What is {subject[:3]} {"very " * (i % 4) * 8}{part} {i}?",red,"blue, or so",{i},none,{"ABCD"[i % 4]}' for i in range(n)]
             (folder / part / f"{subject}_{part}.csv").write_text("\n".join(rows) + "\n")
     return folder
 
@@ -260,9 +260,13 @@ def test_choices_are_those_of_the_whole_log_likelihood(world, koala, real, choic
     import model as M
     short = shutil.copytree(world / "base", tmp_path / "short")                            # too short for some prompts, and for some questions alone
     bare = [len(E.load_tokenizer(short).encode("".join(E.mmlu_prompt(s, row, [])))) for s in SUBJECTS for row in E.read_choices(choices / f"test/{s}_test.csv")]
-    (short / "config.json").write_text(json.dumps({**json.loads((short / "config.json").read_text()), "max_position_embeddings": int(np.median(bare))}))
-    models = [(world / "base", "plain"), (koala, "koala"), (real / "stories260k/hf", "plain"), (short, "plain")]        # stories260k spells some letters with two ids
+    (short / "config.json").write_text(json.dumps({**json.loads((short / "config.json").read_text()), "max_position_embeddings": max(bare) - 2}))
+    gpt2 = shutil.copytree(real / "gpt2_tiny", tmp_path / "gpt2", dirs_exist_ok=True)       # which has a token for "A" and another for " A"
+    for file in (real / "gpt2_bpe").iterdir():
+        shutil.copy(file, gpt2)
+    models = [(world / "base", "plain"), (koala, "koala"), (real / "stories260k/hf", "plain"), (gpt2, "plain"), (short, "plain")]        # stories260k spells some letters with two ids
     ask(monkeypatch, *mmlu_args(choices, "--model", *(folder for folder, _ in models), "--out", tmp_path))
+    lost = set()
     for folder, template in models:
         result, samples = result_of(tmp_path / folder.name), lines_of(tmp_path / folder.name / "samples.jsonl")
         model, tokenizer = M.load(folder), E.load_tokenizer(folder)
@@ -271,8 +275,9 @@ def test_choices_are_those_of_the_whole_log_likelihood(world, koala, real, choic
             dev, test = (E.read_choices(choices / part / f"{s['subject']}_{part}.csv") for part in ("dev", "test"))
             text = "".join(E.mmlu_prompt(s["subject"], test[s["index"] % 11], dev[s["lost_shots"]:]))
             prompt = M.prompt_ids([{"role": "user", "content": text}], tokenizer, template)
-            whole = [tokenizer.encode(text + " " + letter)[len(prompt) - 1:] if template == "plain" else tokenizer.encode(letter) for letter in "ABCD"]
+            whole = [tokenizer.encode(text + " " + letter)[len(tokenizer.encode(text)):] if template == "plain" else tokenizer.encode(letter) for letter in "ABCD"]
             truth = likelihoods(model, prompt[s["lost_tokens"]:], whole)
+            lost.add(s["lost_shots"])
             assert s["log_likelihoods"] == pytest.approx(truth, abs=1e-4)
             assert s["choice"] == "ABCD"[int(np.argmax(truth))] and s["accuracy"] == (s["choice"] == s["answer"])
         scores = [s["accuracy"] for s in samples]
@@ -280,7 +285,7 @@ def test_choices_are_those_of_the_whole_log_likelihood(world, koala, real, choic
         errors = [np.std(part, ddof=1) / math.sqrt(11) for part in (scores[:11], scores[11:])]
         assert result["metrics"]["accuracy_macro"]["stderr"] == pytest.approx(math.hypot(*errors) / 2)
     counts = result["counts"]                                                           # of the short one
-    assert 22 >= counts["lost_shots"] == sum(s["lost_shots"] > 0 for s in samples) > counts["lost_tokens"] == sum(s["lost_tokens"] > 0 for s in samples) > 0
+    assert 22 >= counts["lost_shots"] == sum(s["lost_shots"] > 0 for s in samples) > counts["lost_tokens"] == sum(s["lost_tokens"] > 0 for s in samples) > 0 and {0, 1, 3} <= lost
     assert f"short: {counts['lost_shots']} of 22 lost shots, {counts['lost_tokens']} of 22 lost tokens" in capsys.readouterr().err
 
 
