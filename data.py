@@ -62,7 +62,7 @@ class Failure(UserError):
 
 def visible(text):
     """`text` with control characters spelled out, so that text from a model or a corpus cannot drive the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", lambda m: f"\\x{ord(m[0]):02x}", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 class Parser(argparse.ArgumentParser):

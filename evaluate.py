@@ -10,24 +10,33 @@ In this file:
     nq             NaturalQuestions: exact match, contains-match
     mmlu           57 subjects of multiple choice
     style          Table 2: lists, closing summaries, shared words, lengths
+    crowd          §4: the blind comparison by people, as a web page, and its report
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
+import base64
+import collections
 import contextlib
 import csv
 import datetime
 import functools
+import hashlib
+import http.server
+import json
 import math
 import os
 import re
+import secrets
 import string
 import sys
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from data import (SPECIAL, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, read_jsonl,
-                  read_questions, read_replies, run, same_settings, stop_rule, write_json, write_jsonl)
+                  read_questions, read_replies, real, run, same_settings, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
@@ -65,6 +74,17 @@ def finished(folder, settings):
 def write_results(folder, task, model, metrics, settings, samples, **more):
     write_jsonl(Path(folder) / "samples.jsonl", samples)
     write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings, **more})
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files only; None, and a line on stderr, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
 
 
 def show(name, metrics):
@@ -440,23 +460,42 @@ def style_metrics(pairs):
     return out | {"style_similarity": np.nanmean([out["list"], out["summary"], out["unigram_intersection"], max(0.0, out["length_correlation"])])}
 
 
+def matched(replies, reference, path, reference_path):
+    """[(id, reply, reference reply)] of two read_replies: by id, or by prompt where the files have no id in common. A reply is (query, answer, record)."""
+    def prompt(reply):
+        return digest([(m["role"], m["content"]) for m in reply[2]["messages"][:-1]])
+    pairs = [(i, replies[i], b) for i, b in reference.items() if i in replies]
+    if not pairs:
+        answers = {prompt(a): (i, a) for i, a in replies.items()}
+        pairs = [(*answers.pop(prompt(b)), b) for b in reference.values() if prompt(b) in answers]
+    if not pairs:
+        raise UserError(f"{path} and {reference_path} have no id in common, nor a prompt; both must answer the same prompts")
+    for i, a, b in pairs:
+        if prompt(a) != prompt(b):
+            raise UserError(f"{path}: {i!r} answers another prompt than in {reference_path}")
+    return pairs
+
+
+def card_of(path, replies):
+    """What is known of the model behind a replies file: its checkpoint's record, else the file's name."""
+    source = next(iter(replies.values()))[2].get("source", "")
+    return model_card(source) if isinstance(source, str) and Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
+
+
 def style(args):
     if args.bootstrap < 2:
         raise UserError("--bootstrap must be at least 2")
     reference = read_replies(args.b)
     for path in args.a:
         replies = read_replies(path)
-        shared = [i for i in reference if i in replies]
-        if not shared:
-            raise UserError(f"{path} and {args.b} have no id in common; both must answer the same prompts")
+        shared = matched(replies, reference, path, args.b)
         folder = Path(args.out) / Path(path).name.removesuffix(".jsonl")
         settings = {"a": Path(path).name, "b": Path(args.b).name, "a_hash": file_hash(path), "b_hash": file_hash(args.b), "unmatched": len(reference) - len(shared), "bootstrap": args.bootstrap, "seed": args.seed}
         if finished(folder, settings):
             print(f"{folder}: finished already")
             continue
         samples = []
-        for i in shared:
-            a, b = replies[i][1], reference[i][1]
+        for i, (_, a, _), (_, b, _) in shared:
             samples.append({"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
                             "words": [len(words_of(a)), len(words_of(b))]})
         pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"]] for s in samples], float)
@@ -464,10 +503,313 @@ def style(args):
         draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
         metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": None if np.isnan(v) else float(np.nanstd([d[k] for d in draws], ddof=1)),
                        "n": int({"list": pairs[:, 1], "summary": pairs[:, 3]}.get(k, np.ones(len(pairs))).sum())} for k, v in style_metrics(pairs).items()}
-        source = next(iter(replies.values()))[2].get("source", "")
-        card = model_card(source) if isinstance(source, str) and Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
-        write_results(folder, "style", card, metrics, settings, samples)
+        write_results(folder, "style", card_of(path, replies), metrics, settings, samples)
         show(folder.name, metrics)
+
+
+# --- crowd (§3.2, human evaluation) --------------------------------------------------------------------------------------------------
+
+CROWD_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which answer is better?</title>
+<style>
+:root { color-scheme: light dark; --ground: #f6f5f2; --sheet: #fff; --ink: #24272b; --soft: #62676e; --line: #dedbd4; --accent: #2c6fa8; }
+@media (prefers-color-scheme: dark) { :root { --ground: #191b1e; --sheet: #222529; --ink: #e4e3df; --soft: #a2a6ac; --line: #383c42; --accent: #7db4e0; } }
+* { box-sizing: border-box; } [hidden] { display: none !important; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; } #turns { outline: none; }
+body { margin: 0 auto; max-width: 78rem; padding: 1.5rem 1.5rem 0; background: var(--ground); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; } h1 { font-size: 1.25rem; margin: 0; flex: 1 0 14rem; } h2 { font-size: .8rem; font-weight: 600; margin: 0 0 .35rem; }
+progress { width: 100%; height: .3rem; accent-color: var(--accent); } details { margin: .6rem 0 1rem; max-width: 46rem; } form { max-width: 24rem; } label { display: block; margin: 1rem 0; }
+h2, summary, label, header span, #leave { color: var(--soft); } summary, label, header span, #leave { font-size: .875rem; } summary { cursor: pointer; }
+#turns article { border-left: .2rem solid var(--line); padding-left: 1rem; margin-bottom: 1rem; } #pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
+#pair article { background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; padding: .9rem 1.1rem; min-width: 0; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; unicode-bidi: isolate; overflow: clip; } .text:empty::before { content: "(an empty text)"; color: var(--soft); font-style: italic; }
+.code { font: .875em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; } input, textarea { display: block; width: 100%; margin-top: .3rem; padding: .5rem .7rem; resize: vertical; }
+button, input, textarea { font: inherit; font-size: 1rem; color: var(--ink); background: var(--sheet); border: 1px solid var(--line); border-radius: .5rem; } button { padding: .6rem 1.2rem; cursor: pointer; }
+button:hover { border-color: var(--accent); } #leave { border: 0; background: none; padding: 0; text-decoration: underline; }
+kbd { font: .8rem ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: .25rem; padding: .05rem .4rem; margin-right: .6rem; }
+nav { position: sticky; bottom: 0; display: grid; grid-template-columns: 1fr 1fr 1fr; gap: .7rem; padding: .8rem 0; background: var(--ground); border-top: 1px solid var(--line); }
+@media (max-width: 46rem) { body { padding: 1rem 1rem 0; } h1 { flex-basis: 100%; } #pair { grid-template-columns: 1fr; } nav button { padding: .7rem 0; } kbd { display: none; } }
+</style>
+<header><h1>Which answer is better?</h1><span id="progress" role="status"></span><button id="leave" hidden>change name</button></header><progress id="bar" value="0" aria-label="progress"></progress>
+<details id="help" open><summary>Instructions</summary><p>You will see a query and two answers to it. Read both, then say which is better as a whole: which one would serve the person who asked better? Choose “equal” where you see
+no difference in quality. Judge the answers, not their length, and do not try to guess who wrote them.</p><p>Where a query belongs to a longer conversation, that stands above it. Texts are shown exactly as they
+were written. You may add a comment before you choose. Each choice is saved at once; you can close the page at any time and go on later under the same name.</p></details>
+<form id="start" hidden><label>Your name, or any that nobody else uses here<input id="name" maxlength="40" autocomplete="off" required></label><button>Begin</button></form>
+<main id="work" hidden><section id="turns" tabindex="-1"></section>
+<section id="pair"><article><h2>First answer</h2><div id="first"></div></article><article><h2>Second answer</h2><div id="second"></div></article></section>
+<label>Comment, if you like<textarea id="comment" maxlength="4000" rows="2"></textarea></label>
+<nav><button value="first"><kbd>1</kbd>First</button><button value="equal"><kbd>0</kbd>Equal</button><button value="second"><kbd>2</kbd>Second</button></nav></main><p id="message" role="alert"></p>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), keys = {1: "first", 0: "equal", 2: "second"}, names = {user: "Query", assistant: "Earlier answer", system: "Setting"};
+const element = (tag, kind, ...inside) => { const e = document.createElement(tag); e.className = kind; e.append(...inside); return e; };
+const body = text => {                           // text stays text, every character of it; fenced code has a font of its own
+    const box = element("div", "text");
+    for (const part of text.split(/((?:^|\\n)[ \\t]*```[^]*?\\n[ \\t]*```)/)) if (part) box.append(element("span", /^\\s*```/.test(part) ? "code" : "", part));
+    box.dir = "auto";                            // set last: each append would look through it all again
+    return box;
+};
+let rater = localStorage.getItem("rater"), task = null, since = 0, busy = false;
+
+async function ask(rating) {                     // one request saves a rating and brings the next pair; sent twice, it counts once
+    if (busy) return;
+    busy = true;
+    try {
+        const reply = await fetch("/next", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify({rater, ...rating})}), next = await reply.json();
+        if (!reply.ok) throw new Error(next.error);
+        show(next);
+    } catch (error) {
+        $("message").textContent = (rating ? "Your choice was not saved, please choose again: " : "") + error.message;
+        $("start").hidden = task !== null;
+    }
+    busy = false;
+}
+
+function show(next) {
+    const all = next.done + next.left;
+    localStorage.setItem("rater", rater);
+    $("start").hidden = true, $("leave").hidden = false, $("help").open = false, $("work").hidden = !next.task, $("bar").value = all ? next.done / all : 1;
+    $("progress").textContent = `${rater}: ${next.done} of ${all} rated`;
+    $("message").textContent = next.task ? "" : next.left ? "The remaining pairs are on other people’s screens. This page looks again by itself." : "That was the last pair. Thank you! You can close this page.";
+    task = next.task ?? "";
+    if (!task) return next.left && setTimeout(ask, 5000);
+    $("turns").replaceChildren(...next.turns.map(([role, text]) => element("article", "", element("h2", "", names[role]), body(text))));
+    $("first").replaceChildren(body(next.answers[0])), $("second").replaceChildren(body(next.answers[1]));
+    $("comment").value = "", since = performance.now(), $("turns").focus({preventScroll: true}), scrollTo(0, 0);
+}
+
+function choose(choice) {                        // the second half of a double click falls on the next pair, which nobody has read yet
+    if (choice && task && performance.now() - since > 600) ask({task, choice, comment: $("comment").value});
+}
+
+document.querySelector("nav").onclick = event => choose(event.target.closest("button")?.value);
+document.onkeydown = event => {
+    if (event.key === "Escape") document.activeElement.blur();
+    else if (!(event.repeat || event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea"))) choose(keys[event.key]);
+};
+$("start").onsubmit = event => { event.preventDefault(); rater = $("name").value.trim(); ask(); };
+$("leave").onclick = () => { localStorage.removeItem("rater"); location.reload(); };
+if (rater) ask(); else $("start").hidden = false;
+</script></html>
+"""
+# Only the page's own script and style, known by their hashes, run and draw, and they speak to no other server.
+CROWD_POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'" + "".join(
+    f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", CROWD_PAGE, re.S))
+CHOICES, VERDICTS = ("first", "equal", "second"), ("better", "equal", "worse")      # of the pair as shown; of --a against --b
+
+
+class Study:
+    """Who rates what: examples {id: {"turns", "a", "b"}} are dealt so that each gets `wanted` ratings from different raters, the fewest first.
+
+    A pair on a rater's screen is kept for them for `lease` seconds; then others may get it, and a late choice still counts. A page sees of an
+    example its texts, in an order drawn per rater and example, and the number of a task. Both come from a secret of the study and not from a
+    seed: a rater who has this file could compute that.
+    """
+
+    def __init__(self, examples, ratings, file, wanted, lease, secret):
+        self.examples, self.file, self.wanted, self.lease, self.secret = examples, file, wanted, lease, secret
+        self.lock, self.leases = threading.Lock(), {}                       # {rater: (id, since, until)}, seconds of time.monotonic
+        self.rated, self.counts = collections.defaultdict(set), collections.Counter(r["example"] for r in ratings)
+        for r in ratings:
+            self.rated[r["rater"]].add(r["example"])
+
+    def draw(self, what, rater, i):
+        return digest(self.secret, what, rater, i)
+
+    def order(self, rater, i):
+        return ("ab", "ba")[int(self.draw("order", rater, i), 16) % 2]
+
+    def deal(self, rater):
+        """What the page shows next: {"done", "left"} and, unless there is nothing (now), {"task", "turns", "answers"}."""
+        with self.lock:
+            now, (held, since, until) = time.monotonic(), self.leases.get(rater, (None, 0, 0))
+            away = collections.Counter(i for other, (i, _, end) in self.leases.items() if other != rater and end > now and i not in self.rated[other])
+            left = [i for i in self.examples if i not in self.rated[rater] and self.counts[i] < self.wanted]
+            free = [i for i in left if self.counts[i] + away[i] < self.wanted]
+            state = {"done": len(self.rated[rater]), "left": len(left)}
+            if not free:
+                return state
+            i = held if held in free else min(free, key=lambda i: (self.counts[i] + away[i], self.draw("turn", rater, i)))
+            self.leases[rater] = (i, since if i == held and until > now else now, now + self.lease)
+        return {**state, "task": self.draw("task", rater, i), "turns": self.examples[i]["turns"], "answers": [self.examples[i][side] for side in self.order(rater, i)]}
+
+    def rate(self, rater, task, choice, comment):
+        """Write a rating down; a second one of this pair by this rater is passed over. False where the task was never this rater's."""
+        i = next((i for i in self.examples if self.draw("task", rater, i) == task), None)
+        with self.lock:
+            if i is not None and i not in self.rated[rater]:
+                held, since, _ = self.leases.get(rater, (None, 0, 0))       # seconds are None where the server was restarted in between
+                self.file.append({"rater": rater, "example": i, "order": self.order(rater, i), "choice": choice, "comment": comment,
+                                  "seconds": round(time.monotonic() - since, 2) if held == i else None})
+                self.rated[rater].add(i)
+                self.counts[i] += 1
+        return i is not None
+
+
+class CrowdHandler(http.server.BaseHTTPRequestHandler):
+    """GET / is the page; POST /next {"rater"[, "task", "choice", "comment"]} saves a rating and answers with the next pair; an error is its text."""
+    protocol_version, server_version, sys_version, timeout, log_message = "HTTP/1.1", "crowd", "", 60, lambda *_: None
+
+    def reply(self, status, body):
+        kind, data = ("text/html; charset=utf-8", body) if body is CROWD_PAGE else ("application/json", json.dumps(body if status == 200 else {"error": body}))    # ASCII: a lone surrogate travels as \ud800
+        data, self.close_connection = data.encode(), self.close_connection or status != 200                    # a refused request was perhaps not read to its end
+        self.send_response(status)
+        for header in {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close" if self.close_connection else "keep-alive", "Cache-Control": "no-store",
+                       "Content-Security-Policy": CROWD_POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def known_host(self):
+        """Asked under a loopback name: a foreign name that was made to point here (DNS rebinding) is refused."""
+        return re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", self.headers.get("Host", ""))
+
+    def do_GET(self):
+        self.reply(*(403, "not a name of this server") if not self.known_host() else (200, CROWD_PAGE) if self.path == "/" else (404, "no such path"))
+
+    def do_POST(self):
+        origin, kind, length = (self.headers.get(name, "") for name in ("Origin", "Content-Type", "Content-Length"))
+        if not self.known_host() or origin != f"http://{self.headers['Host']}" or kind != "application/json" or self.path != "/next":
+            return self.reply(403, "ratings come from this server's own page only")
+        if not re.fullmatch(r"[0-9]{1,5}", length):
+            return self.reply(413, "the request is too long, or does not say how long it is")
+        try:
+            ask = json.loads(self.rfile.read(int(length)))
+            rater, task, choice, comment = ask["rater"].strip().casefold(), ask.get("task"), ask.get("choice"), ask.get("comment", "")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return self.reply(400, "not a request of this page")
+        if not re.fullmatch(r"\w[\w.@ -]{0,39}", rater):
+            return self.reply(400, "a name has up to 40 letters, digits, blanks and any of . @ - _")
+        if task is not None and (choice not in CHOICES or not isinstance(comment, str) or len(comment) > 4000):
+            return self.reply(400, "a choice is first, equal or second; a comment has up to 4000 characters")
+        try:
+            if task is not None and not self.server.study.rate(rater, task, choice, comment):
+                return self.reply(409, "this pair belongs to another name or study; load the page anew")
+        except OSError as e:
+            print(f"{self.server.study.file.path}: {e.strerror}; a rating was not saved, and its rater told so", file=sys.stderr)
+            return self.reply(500, "it could not be written down; tell the person who runs this study")
+        self.reply(200, self.server.study.deal(rater))
+
+
+class CrowdServer(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+    def handle_error(self, request, address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):              # a browser that went away is no news
+            super().handle_error(request, address)
+
+
+def crowd(args):
+    folder = Path(args.out)
+    if args.what == "report":
+        return crowd_report(folder)
+    if not args.a or not args.b:
+        raise UserError("crowd needs --a FILE and --b FILE, replies and the reference's")
+    replies, reference = read_replies(args.a), read_replies(args.b)
+    examples = {i: {"turns": [(m["role"], m["content"]) for m in record["messages"][:-1]], "a": a, "b": b, "category": str(record.get("category") or other.get("category") or "")}
+                for i, (_, a, record), (_, b, other) in matched(replies, reference, args.a, args.b)}
+    settings = {"a": Path(args.a).name, "b": Path(args.b).name, "a_hash": file_hash(args.a), "b_hash": file_hash(args.b), "unmatched": len(replies) + len(reference) - 2 * len(examples), "ratings": args.ratings}
+    with locked(folder / "ratings.jsonl", f"the study in {folder}"):
+        if not same_settings(folder / "study.json", "settings", settings):
+            write_json(folder / "study.json", {"settings": settings, "model": card_of(args.a, replies), "secret": secrets.token_hex(16), "examples": {i: e["category"] for i, e in examples.items()}})
+        file = GrowingFile(folder / "ratings.jsonl")
+        try:
+            server = CrowdServer(("127.0.0.1", args.port), CrowdHandler)
+        except (OSError, OverflowError) as e:
+            raise UserError(f"--port {args.port}: {getattr(e, 'strerror', None) or e}")
+        server.study = Study(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
+        if settings["unmatched"]:
+            print(f"{settings['unmatched']} replies have no partner in the other file and are left out", file=sys.stderr)
+        print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {len(file.records)} are in {file.path}; Ctrl-C ends, the same command continues", flush=True)
+        server.serve_forever()
+
+
+def read_ratings(folder, examples):
+    """The ratings of a study with their verdicts, each (rater, example) once, also while its server writes: a last line without its end is not there yet."""
+    ratings = {}
+    for number, line in enumerate((folder / "ratings.jsonl").read_bytes().split(b"\n")[:-1], 1):
+        try:
+            r = json.loads(line)
+            if r["example"] not in examples or r["order"] not in ("ab", "ba") or r["choice"] not in CHOICES or not isinstance(r["rater"], str) or not isinstance(r["seconds"], int | float | None):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{folder}/ratings.jsonl:{number}: not a rating of this study")
+        verdict = "equal" if r["choice"] == "equal" else "better" if (r["choice"] == "first") == (r["order"] == "ab") else "worse"
+        ratings.setdefault((r["rater"], r["example"]), {**r, "verdict": verdict})
+    return list(ratings.values())
+
+
+def majority(votes):
+    """(verdict, split) of {verdict: votes}: the one with the most votes; where no single one has (1:1:1, and 1:1), "equal" and a split."""
+    most = [v for v in VERDICTS if votes[v] == max(votes.values())]
+    return (most[0], False) if len(most) == 1 else ("equal", True)
+
+
+def fleiss_kappa(votes):
+    """Fleiss' kappa of a list of counts (examples, categories): agreement beyond chance; None where chance alone is complete or nothing was rated twice.
+
+    Fleiss has one number of ratings for all. Where examples differ: those with fewer than two are left out, the agreement of each of the
+    others counts equally, and chance is that of their ratings pooled.
+    """
+    votes = np.array([v for v in votes if sum(v) > 1], float)
+    n = votes.sum(-1, keepdims=True)
+    chance = ((votes.sum(0) / n.sum()) ** 2).sum() if len(votes) else 1.0
+    return float(((votes * (votes - 1) / (n * (n - 1))).sum(-1).mean() - chance) / (1 - chance)) if chance < 1 else None
+
+
+def crowd_report(folder):
+    """Scores over the rated examples. Ratings of one example are not independent: each example gives one number, standard errors are over examples."""
+    if not (folder / "study.json").is_file():
+        raise UserError(f"{folder}: no study.json in it; `evaluate.py crowd --a F --b F --out {folder}` makes one")
+    study, rated, samples = read_json(folder / "study.json"), collections.defaultdict(list), []
+    settings, ratings = study["settings"], read_ratings(folder, study["examples"])
+    if not ratings:
+        raise UserError(f"{folder}/ratings.jsonl: no ratings in it")
+    for r in ratings:
+        rated[r["example"]].append(r)
+    for i, mine in rated.items():
+        votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
+        verdict, split = majority(votes)
+        samples.append({"id": i, "category": study["examples"][i], "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
+                        "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]})
+    votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
+    jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
+    metrics = by_category("majority_at_least_as_good", samples, "majority_at_least_as_good") | by_category("at_least_as_good", samples, "at_least_as_good")
+    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}      # the latter 0 where position has no effect
+    metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
+    metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
+    write_results(folder, "crowd", study["model"], metrics, {**settings, "data_hash": file_hash(folder / "ratings.jsonl")}, samples)
+    full = sum(len(mine) >= settings["ratings"] for mine in rated.values())
+    text = (f"# {settings['a']} against {settings['b']}, by people\n\n{len(ratings)} ratings by {len({r['rater'] for r in ratings})} raters; of {len(study['examples'])} examples {len(samples)} have a rating and {full} "
+            f"the {settings['ratings']} wanted. A majority is the verdict with the most votes; an example where none has is a split and counts as equal. ± is the standard error over examples.\n\n"
+            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell(m["score"] is not None and (m["score"], m["stderr"]) or None, False), m["n"]] for name, m in metrics.items())]))
+    with atomic(folder / "report.md") as f:
+        f.write(text)
+    crowd_figure(samples, ratings, folder / "crowd.png")
+    print(visible(text))
+
+
+def crowd_figure(samples, ratings, path):
+    """Left: the majority's verdicts over all examples and by category. Right: single ratings, by where the answer of --a stood."""
+    if not (plt := pyplot()):
+        return
+    groups = [("all", samples), *((c, [s for s in samples if s["category"] == c]) for c in sorted({s["category"] for s in samples} - {""})[:12])]
+    panels = [("majority", "% of examples", [(name, [s["majority"] for s in group]) for name, group in groups]),
+              ("by position", "% of ratings", [(name, [r["verdict"] for r in ratings if r["order"] == order]) for name, order in (("shown first", "ab"), ("shown second", "ba"))])]
+    height = 1.6 + 0.35 * len(panels[0][2])
+    fig, axes = plt.subplots(1, 2, figsize=(9, height))
+    for ax, (title, unit, bars) in zip(axes, panels):
+        shares = np.array([[100 * values.count(v) / max(1, len(values)) for v in VERDICTS] for _, values in bars])
+        for k, colour in enumerate(("#2c6fa8", "#c9c5bc", "#c2452d")):
+            ax.barh(range(len(bars)), shares[:, k], 0.6, shares[:, :k].sum(1), color=colour, label=VERDICTS[k])
+        ax.set_yticks(range(len(bars)), [re.sub(r"[^\w .,()-]", "?", f"{name[:24]} ({len(values)})") for name, values in bars])      # `$` would begin a formula
+        ax.set(ylim=(max(len(bars), len(groups)) - 0.5, -0.5), xlim=(0, 100), xlabel=unit)
+        ax.set_title(title, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=8)
+    fig.tight_layout(rect=(0, 0.25 / height, 1, 1))
+    with atomic(path, "wb") as f:
+        fig.savefig(f, dpi=150, format="png")
+    plt.close(fig)
 
 
 # --- table ------------------------------------------------------------------------------------------------------------------------------
@@ -681,12 +1023,8 @@ def table(args):
 
 def figure(found, cards, path):
     """Exact match and style similarity against imitation tokens: both data sources, every base size; bases and teacher as lines."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    if not (plt := pyplot()):
+        return
     shots = "nq 3-shot" if any(t == "nq 3-shot" for t, _ in found) else "nq 0-shot"
     split = any("exact_match/covered" in r[0]["metrics"] for r in found.values())
     panels = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NaturalQuestions")]
@@ -770,12 +1108,21 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0)
 
+    p = commands.add_parser("crowd", help="blind comparison by people: a web page, then `crowd report`", example="python evaluate.py crowd --a replies.jsonl --b teacher.jsonl --out results/crowd")
+    p.add_argument("what", nargs="?", choices=["serve", "report"], default="serve", help="serve the page on this machine's loopback, or score the ratings in --out")
+    p.add_argument("--a", metavar="FILE", help="replies")
+    p.add_argument("--b", metavar="FILE", help="the reference's replies to the same prompts")
+    p.add_argument("--out", required=True, metavar="DIR", help="ratings.jsonl grows there; the same command continues the study")
+    p.add_argument("--ratings", type=positive, default=3, help="§4: ratings per example, from different people")
+    p.add_argument("--lease", type=real, default=1800, help="seconds for which a pair on somebody's screen is kept from others")
+    p.add_argument("--port", type=natural, default=8400, help="0 takes a free one")
+
     p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")
     p.add_argument("dirs", nargs="+", metavar="DIR", help="folders with results; the same model name in several is several seeds")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
-    {"nq": nq, "mmlu": mmlu, "style": style, "table": table}[args.command](args)
+    {"nq": nq, "mmlu": mmlu, "style": style, "crowd": crowd, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_more_shots_than_examples_is_an_error(world, tmp_path):
 
 def test_style_needs_replies_to_the_same_prompts(tmp_path):
     for name, key in (("a", "1"), ("b", "2")):
-        (tmp_path / name).write_text(json.dumps({"id": key, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}) + "\n")
+        (tmp_path / name).write_text(json.dumps({"id": key, "messages": [{"role": "user", "content": f"query {key}"}, {"role": "assistant", "content": "r"}]}) + "\n")
     assert "no id in common" in one_line(program("evaluate.py", "style", "--a", tmp_path / "a", "--b", tmp_path / "b", "--out", tmp_path / "o", status=2))
 
 
