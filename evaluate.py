@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (SPECIAL, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, read_jsonl,
+from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, positive, read_json, read_jsonl,
                   read_questions, read_replies, real, run, same_settings, stop_rule, visible, write_json, write_jsonl)
 
 
@@ -183,10 +183,13 @@ def ask_endpoint(args, journal):
     def ask(examples, took, *, stops=(), max_new=0, letters="", temperature=0.0, top_p=1.0):
         pieces = [e["prompt"](0) for e in examples]
         requests_ = ({"messages": messages_of(p, args.shots_as), "temperature": temperature, "max_tokens": max_new, **({"top_p": top_p} if top_p < 1 else {}),
-                      **({"index": e["seed"]} if "seed" in e else {})} for e, p in zip(examples, pieces))
+                      **({"seed": e["seed"], "index": 0} if "seed" in e else {})} for e, p in zip(examples, pieces))
         with teacher_of(args, journal) as teacher:
             for i, (_, r) in enumerate(teacher.ask(requests_, "endpoint", len(examples))):
-                took([(i, None if r["status"] == "refused" else r["content"], {"prompt_hash": digest(pieces[i])})])
+                if r["status"] not in ("unasked", "unanswered"):
+                    took([(i, r["content"] if r["status"] in ("ok", "length") else None, {"prompt_hash": digest(pieces[i])})])
+            if line := teacher.unfinished():                # a score over a part is no result
+                raise Failure(f"{journal}: {line}")
     return ask
 
 
