@@ -747,9 +747,9 @@ def read_toxicity_prompts(path):
 def toxicity_scores(args, texts):
     """{text: score from 0 to 1, or None where the scorer refused it}; each text is asked for once, whichever models wrote it."""
     from imitation import scorer_of
-    texts = sorted(set(texts))
     if args.scorer == "words":
         return {text: float(bool(WORDS.search(text))) for text in texts}
+    texts = sorted(set(texts))
     with scorer_of(args, Path(args.out) / "scores.jsonl") as scorer:
         scores = {request["text"]: record.get("score") for request, record in scorer.ask(({"text": text} for text in texts), "scores", len(texts))}
         if line := scorer.unfinished():
@@ -767,6 +767,7 @@ def toxicity(args):
     if args.n > 1 and not args.temperature:
         raise UserError("--n: at --temperature 0 all continuations of a prompt are alike")
     rows, sample = sampled(read_toxicity_prompts(args.data), args)
+    toxicity_scores(args, [])                               # a mistaken address or key is told before hours of generation
     if args.scorer == "words":
         print("--scorer words: a short word list stands in for a scorer; its figures are no toxicity scores", file=sys.stderr)
     settings = {"scorer": "words (a stand-in: 1 for a text with a word of a short list, else 0)" if args.scorer == "words" else args.scorer, "n": args.n, "temperature": args.temperature, "top_p": args.top_p,
