@@ -474,10 +474,9 @@ def unigram_intersection(a, b):
 
 def lexical_diversity(text, window=50):
     """The mean share of distinct words over all runs of 50 words (MATTR, Covington & McFall 2010): unlike that of a whole text it does not
-    fall with length. A shorter text is one run; NaN without words."""
+    fall with length. NaN for a text of fewer words."""
     words = words_of(text)
-    runs = range(max(1, len(words) - window + 1))
-    return float(np.mean([len(set(words[i:i + window])) for i in runs]) / min(window, len(words))) if words else math.nan
+    return float(np.mean([len(set(words[i:i + window])) for i in range(len(words) - window + 1)]) / window) if len(words) >= window else math.nan
 
 
 def pearson(x, y):
@@ -552,23 +551,32 @@ def card_of(path, replies):
     return model_card(source) if isinstance(source, str) and Path(source, "config.json").is_file() else {"name": Path(path).name.removesuffix(".jsonl"), "endpoint": True}
 
 
+def result_folder(args, path):
+    return Path(args.out) / Path(path).name.removesuffix(".jsonl")
+
+
+def compared(args, paths, settings):
+    """Yield (folder, settings, matched pairs, model card) for each of the replies files beside --b whose result is not there yet."""
+    reference, folders = read_replies(args.b), [result_folder(args, path) for path in paths]
+    if twice := [f.name for f in folders if folders.count(f) > 1]:
+        raise UserError(f"two files are named {twice[0]}; results are named after them")
+    for path, folder in zip(paths, folders):
+        replies = read_replies(path)
+        pairs = matched(replies, reference, path, args.b)
+        own = {"a": Path(path).name, "b": Path(args.b).name, "a_hash": file_hash(path), "b_hash": file_hash(args.b), "unmatched": len(reference) - len(pairs), **settings}
+        if finished(folder, own):
+            print(f"{folder}: finished already")
+        else:
+            yield folder, own, pairs, card_of(path, replies)
+
+
 def style(args):
     if args.bootstrap < 2:
         raise UserError("--bootstrap must be at least 2")
     if args.endpoint and not args.endpoint_model:
         raise UserError("--endpoint needs --endpoint-model NAME")
-    reference, columns = read_replies(args.b), {}
-    for path in [*args.a, *[args.upper] * bool(args.upper)]:
-        replies = read_replies(path)
-        shared = matched(replies, reference, path, args.b)
-        name = Path(path).name.removesuffix(".jsonl")
-        folder = Path(args.out) / name
-        settings = {"a": Path(path).name, "b": Path(args.b).name, "a_hash": file_hash(path), "b_hash": file_hash(args.b), "unmatched": len(reference) - len(shared), "bootstrap": args.bootstrap, "seed": args.seed,
-                    **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}
-        columns[f"{name} (upper bound)" if path == args.upper else name] = folder
-        if finished(folder, settings):
-            print(f"{folder}: finished already")
-            continue
+    paths = [*args.a, *[args.upper] * bool(args.upper)]
+    for folder, settings, shared, card in compared(args, paths, {"bootstrap": args.bootstrap, "seed": args.seed, **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}):
         tones = [(math.nan, "")] * len(shared)
         if args.endpoint:
             tones = asked_twice(args, Path(args.out) / "tone.jsonl", [{"messages": [{"role": "user", "content": TONE_REQUEST.format(mark=digest(a), answer=a)}], "temperature": 0, "max_tokens": 16, "seed": 0, "index": 0}
@@ -585,8 +593,9 @@ def style(args):
                    for k, v in style_metrics(pairs).items() if k != "authoritative_tone" or args.endpoint}
         unparsed = sum(s.get("unparsed", False) for s in samples)
         if unparsed:
-            print(f"{name}: {unparsed} of {len(samples)} answers about the tone could not be read, twice", file=sys.stderr)
-        write_results(folder, "style", card_of(path, replies), metrics, settings, samples, counts={"unparsed": unparsed})
+            print(f"{folder.name}: {unparsed} of {len(samples)} answers about the tone could not be read, twice", file=sys.stderr)
+        write_results(folder, "style", card, metrics, settings, samples, counts={"unparsed": unparsed})
+    columns = {result_folder(args, path).name + " (upper bound)" * (path == args.upper): result_folder(args, path) for path in paths}
     metrics = {name: read_json(folder / "results.json")["metrics"] for name, folder in columns.items()}
     rows = [["", *columns], *([k.replace("_", " "), *(cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation")) for m in metrics.values())]
                               for k in dict.fromkeys(k for m in metrics.values() for k in m))]
@@ -681,16 +690,8 @@ def length_controlled(good, longer):
 def judge_replies(args):
     """§3.2: a model scores each answer beside the reference's. With both orders a pair on which they disagree is a tie; a pair with a verdict
     that could not be read, asked for twice, has none and is counted apart."""
-    reference = read_replies(args.b)
-    for path in args.a:
-        replies = read_replies(path)
-        pairs = matched(replies, reference, path, args.b)
-        folder = Path(args.out) / Path(path).name.removesuffix(".jsonl")
-        settings = {"a": Path(path).name, "b": Path(args.b).name, "a_hash": file_hash(path), "b_hash": file_hash(args.b), "unmatched": len(reference) - len(pairs), "orders": args.orders, "temperature": args.temperature,
-                    "max_new": args.max_new, "seed": args.seed, "request": digest(JUDGE_REQUEST), "judge": args.endpoint_model, "judge_id": args.teacher_id}
-        if finished(folder, settings):
-            print(f"{folder}: finished already")
-            continue
+    for folder, settings, pairs, card in compared(args, args.a, {"orders": args.orders, "temperature": args.temperature, "max_new": args.max_new, "seed": args.seed, "request": digest(JUDGE_REQUEST),
+                                                                 "judge": args.endpoint_model, "judge_id": args.teacher_id}):
         jobs = [(n, order) for n, (i, _, _) in enumerate(pairs) for order in (("ab", "ba") if args.orders == "both" else (("ab", "ba")[int(digest(args.seed, i), 16) % 2],))]
         requests_ = []
         for n, order in jobs:
@@ -721,7 +722,7 @@ def judge_replies(args):
         counts = {"unparsed": len(lines) - len(judged), "unparsed_verdicts": sum(scores is None for scores, _ in said), "verdicts": len(said)}
         if counts["unparsed"]:
             print(f"{folder.name}: {counts['unparsed_verdicts']} of {len(said)} verdicts could not be read, twice; {counts['unparsed']} of {len(lines)} pairs have none and are left out", file=sys.stderr)
-        write_results(folder, "judge", card_of(path, replies), metrics, settings, lines, counts=counts)
+        write_results(folder, "judge", card, metrics, settings, lines, counts=counts)
         show(folder.name, metrics)
 
 

@@ -84,7 +84,7 @@ def test_unigram_intersection_and_correlation():
 def test_lexical_diversity_does_not_fall_with_length():
     rng = random.Random(0)
     text = lambda n: " ".join(f"w{int(rng.paretovariate(1)) % 500}" for _ in range(n))
-    assert E.lexical_diversity("a b a b") == 0.5 and E.lexical_diversity("a b c " * 100) == pytest.approx(3 / 50) and math.isnan(E.lexical_diversity("… !"))
+    assert E.lexical_diversity("a b " * 25) == 0.04 and E.lexical_diversity("a b c " * 100) == pytest.approx(3 / 50) and math.isnan(E.lexical_diversity("a b c")) and math.isnan(E.lexical_diversity("… !"))
     assert E.lexical_diversity(text(3000)) == pytest.approx(np.mean([E.lexical_diversity(text(100)) for _ in range(30)]), abs=0.02)
 
 
@@ -143,6 +143,12 @@ def test_the_tone_is_the_judges_and_what_it_mumbles_is_counted_apart(tmp_path):
     assert result["metrics"]["authoritative_tone"]["score"] == 0.5 and result["metrics"]["authoritative_tone"]["n"] == 4 and result["counts"] == {"unparsed": 1}
     assert seen.count("grumble") == seen.count("mumble") == 2 and seen.count("sure") == 1 and "1 of 5" in done.stderr
     assert result["settings"]["judge"] == "m" and [s["authoritative_tone"] for s in lines_of(tmp_path / "s/a/samples.jsonl")] == [1, 0, 1, None, 0]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    a, b = write(tmp_path / "a.jsonl", ["x"]), write(tmp_path / "other/a.jsonl", ["y"])
+    assert "two files are named a" in one_line(program("evaluate.py", "style", "--a", a, "--upper", b, "--b", a, "--out", tmp_path / "s", status=2))
 
 
 def test_style_needs_a_model_where_it_has_an_endpoint(tmp_path):
