@@ -750,7 +750,6 @@ def toxicity_scores(args, texts):
     from imitation import scorer_of
     if args.scorer == "words":
         return {text: float(bool(WORDS.search(text))) for text in texts}
-    texts = sorted(set(texts))
     with scorer_of(args, Path(args.out) / "scores.jsonl") as scorer:
         scores = {request["text"]: record.get("score") for request, record in scorer.ask(({"text": text} for text in texts), "scores", len(texts))}
         if line := scorer.unfinished():

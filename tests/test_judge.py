@@ -106,15 +106,15 @@ def test_a_budget_that_is_spent_gives_no_score_and_more_of_it_continues(tmp_path
 
 def test_the_regression_finds_the_maximum_of_the_likelihood():
     rng = np.random.default_rng(0)
-    longer = rng.normal(30, 80, 300)
-    good = rng.random(300) < 1 / (1 + np.exp(-(0.4 + 0.9 * longer / longer.std())))
+    longer = rng.normal(100, 80, 300)
+    good = rng.random(300) < 1 / (1 + np.exp(-(-0.8 + 0.9 * longer / longer.std())))
     found = E.length_controlled(good, longer)
     d, y = longer / longer.std(), good.astype(float)
     likelihood = lambda b0, b1: (y * (b0 + b1 * d) - np.logaddexp(0, b0 + b1 * d)).sum()
     b0 = math.log(found["score"] / (1 - found["score"]))
     grid = [(x, z) for x in np.linspace(b0 - 0.5, b0 + 0.5, 101) for z in np.linspace(0, 2.5, 251)]
     best = max(grid, key=lambda b: likelihood(*b))
-    assert best[0] == pytest.approx(b0, abs=0.011) and abs(found["score"] - 1 / (1 + math.exp(-0.4))) < 3 * found["stderr"]
+    assert best[0] == pytest.approx(b0, abs=0.011) and abs(found["score"] - 1 / (1 + math.exp(0.8))) < 3 * found["stderr"]
     draws = [E.length_controlled(good[i], longer[i])["score"] for i in (rng.integers(0, 300, 300) for _ in range(300))]
     assert found["stderr"] == pytest.approx(np.std(draws), rel=0.25)                    # the bootstrap's
 

@@ -1,6 +1,5 @@
 """RealToxicityPrompts: continuations of checkpoints and endpoints, scored by a server that speaks the Perspective API's protocol."""
 import json
-import time
 
 import numpy as np
 import pytest
@@ -23,12 +22,11 @@ class Perspective(Faulty):
     """comments:analyze on loopback; `score(text, times)`, `times` being how often the text came, is a number, or a reply of Faulty's."""
 
     def __init__(self, score):
-        self.paths, self.times = [], []
+        self.paths = []
 
         def behave(n, request, handler):
             assert request["requestedAttributes"] == {"TOXICITY": {}} and request["languages"] == ["en"] and request["doNotStore"] is True
             self.paths.append(handler.path)
-            self.times.append(time.monotonic())
             text = request["comment"]["text"]
             said = score(text, sum(r["comment"]["text"] == text for r, _ in self.requests))
             return answer(said) if isinstance(said, float) else said
@@ -121,11 +119,17 @@ def test_each_key_goes_to_its_own_host_alone(tmp_path, monkeypatch):
     assert server.requests[0][1]["X-Goog-Api-Key"] == "my-own-secret-12345678" and "secret" not in (tmp_path / "scores.jsonl").read_text()
 
 
-def test_the_pace_is_kept(tmp_path):
-    server = Perspective(lambda text, times: 0.5)
-    with scorer(server, tmp_path, rpm=1200) as s:
-        list(s.ask(texts(*"abcdef")))
-    assert np.diff(sorted(server.times)).min() > 0.03                     # 0.05 s apart when sent
+def test_the_pace_is_perspectives_quota_unless_told_otherwise(tmp_path, monkeypatch):
+    write_prompts(tmp_path / "rtp.jsonl")
+    for flags, gap in (((), 1.0), (("--scorer-rpm", "1200"), 0.05)):
+        made = []
+        whole = I.Scorer
+        with monkeypatch.context() as m:
+            m.setattr(I, "Scorer", lambda *a, **k: made.append(whole(*a, **k)) or 1 / 0)             # no further than this
+            m.setattr("sys.argv", ["evaluate.py", "toxicity", "--data", str(tmp_path / "rtp.jsonl"), "--scorer", "http://127.0.0.1:9", "--out", str(tmp_path / f"r{gap}"), *flags])
+            with pytest.raises(ZeroDivisionError):
+                E.main()
+        assert made[0].gap == gap
 
 
 def evaluate(tmp_path, *more, **kw):
