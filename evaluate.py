@@ -588,8 +588,8 @@ def style(args):
         pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"], s["lexical_diversity"][0], s.get("authoritative_tone")] for s in samples], float)      # None is NaN
         rng = np.random.default_rng(args.seed)
         draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
-        counts = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
-        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": None if np.isnan(v) else float(np.nanstd([d[k] for d in draws], ddof=1)), "n": int(counts.get(k, len(pairs)))}
+        n = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
+        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": float(np.nanstd([d[k] for d in draws], ddof=1)) if n.get(k, len(pairs)) > 1 else None, "n": int(n.get(k, len(pairs)))}
                    for k, v in style_metrics(pairs).items() if k != "authoritative_tone" or args.endpoint}
         unparsed = sum(s.get("unparsed", False) for s in samples)
         if unparsed:
