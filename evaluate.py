@@ -656,7 +656,7 @@ def judge_request(turns, first, second):
 def parse_scores(text):
     """The two scores, from 1 to 10, on the first line of a judge's reply; None where it holds anything else besides labels."""
     line = next((line for line in text.splitlines() if line.strip()), "")
-    found = re.fullmatch(rf"\W*{SCORE}(?:\W|and)+{SCORE}\W*", line, re.IGNORECASE)
+    found = re.fullmatch(rf"\W*{SCORE}(?:[^\w.]|and)+{SCORE}\W*", line, re.IGNORECASE)
     return found and (float(found[1]), float(found[2]))
 
 

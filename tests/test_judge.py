@@ -18,7 +18,7 @@ PART = re.compile(r"(?m)^(=== \w+) QUERY\n(.*?)\n\1 FIRST ANSWER\n(.*?)\n\1 SECO
     ("8 9\nBecause.", (8, 9)), ("\n\n7.5 6\n", (7.5, 6)), ("10 1", (10, 1)), ("8, 9", (8, 9)), ("8/10 9/10", (8, 9)), ("**8 7**", (8, 7)), ("Answer 1: 8, Answer 2: 9", (8, 9)), ("Scores: 3 4", (3, 4)),
     ("Assistant 1: 8/10\tAssistant 2: 5/10", (8, 5)), ("First answer: 6; second answer: 7.", (6, 7)), ("8 and 9", (8, 9)), ("8 out of 10, 6 out of 10", (8, 6)), ("(8, 9)", (8, 9)),
     ("The first answer gets 8 and the second 9", None), ("8", None), ("8 9 7", None), ("11 9", None), ("0 5", None), ("-3 5x", None), ("", None), ("\n\n", None), ("I cannot compare them.\n8 9", None), ("89", None),
-    ("Both are good", None), ("8 nine", None), ("١ ٢", None), ("8. 9.", (8, 9)), ("1e1 5", None), ("2023 5", None)])
+    ("Both are good", None), ("8 nine", None), ("١ ٢", None), ("8. 9.", None), ("1. 10\n2. 9", None), ("1e1 5", None), ("2023 5", None)])
 def test_only_two_scores_on_the_first_line_are_a_verdict(text, wanted):
     assert E.parse_scores(text) == wanted
 
