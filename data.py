@@ -324,11 +324,11 @@ class GrowingFile:
         self.close()
         self._open()
 
-    def append(self, record, flush=True):
-        """Write a line; its place."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    def append(self, *records, flush=True):
+        """Write lines together; the place of the first."""
+        lines = b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace") for r in records)
         with self.lock:
-            at, rest = self.size, line
+            at, rest = self.size, lines
             try:
                 while rest:
                     rest = rest[self.file.write(rest):]
@@ -337,7 +337,7 @@ class GrowingFile:
                 with contextlib.suppress(OSError):
                     self.file.truncate(at)
                 raise
-            self.size += len(line)
+            self.size += len(lines)
         if flush:
             self.flush()
         return at
@@ -748,6 +748,16 @@ def load_tokenizer(folder):
         return JSONTokenizer(folder, spec)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder / files[0]}: not the vocabulary of a tokenizer ({type(e).__name__}: {e})")
+
+
+@functools.cache
+def adds_bos(folder):
+    """Whether the checkpoint's own tokenizer puts its BOS before a text: a SentencePiece model does, a tokenizer.json says so in its post-processor, GPT-2's does not."""
+    if (Path(folder) / "tokenizer.model").is_file():
+        return True
+    path = Path(folder) / "tokenizer.json"
+    post = read_json(path).get("post_processor") or {} if path.is_file() else {}
+    return any("SpecialToken" in step for p in post.get("processors", [post]) for step in p.get("single", [])[:1])
 
 
 def continuation(tokenizer, prompt, new):

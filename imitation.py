@@ -6,7 +6,7 @@
     python imitation.py collect --prompts heldout.jsonl --endpoint URL --endpoint-model NAME --out replies.jsonl
 
 In this file:
-    the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice
+    the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice; a scorer of texts besides
     synthesis         NQ-synthetic (§3.1, appendix A), TLDR-synthetic
     collection        replies to given prompts
     the study         a list of commands and a runner
@@ -35,6 +35,7 @@ from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest
 # --- the teacher -------------------------------------------------------------------------------------------------------------
 
 MAX_REPLY_BYTES = 8 << 20
+OWN_KEYS = {"OPENAI_API_KEY": "api.openai.com", "PERSPECTIVE_API_KEY": "commentanalyzer.googleapis.com"}       # each goes to its own host, unasked, and to no other
 
 
 class Transient(Exception):
@@ -72,6 +73,7 @@ class Teacher:
     `max_tokens_total` of prompts and replies. Where requests carry max_tokens the latter is never passed; where they do
     not, twice the largest request so far is set aside for each that is under way, and the first goes alone.
     """
+    flag, key_flag, path, key_header = "--endpoint", "--key-env", "/chat/completions", ("Authorization", "Bearer ")
 
     def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None, max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
         import requests
@@ -81,8 +83,8 @@ class Teacher:
         except ValueError:
             whole = False
         if not whole:
-            raise UserError(f"--endpoint {endpoint.rpartition('@')[2].partition('?')[0]}: not a URL like http://127.0.0.1:8000/v1 without user, password or query (keys come from the environment)")
-        self.url, self.model, self.teacher_id = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", model, teacher_id
+            raise UserError(f"{self.flag} {endpoint.rpartition('@')[2].partition('?')[0]}: not a URL like http://127.0.0.1:8000/v1 without user, password or query (keys come from the environment)")
+        self.url, self.model, self.teacher_id = endpoint.rstrip("/").removesuffix(self.path) + self.path, model, teacher_id
         self.concurrency, self.timeout, self.retries, self.max_tokens_field, self.omit = concurrency, timeout, retries, max_tokens_field, omit
         self.gap, self.max_requests, self.max_tokens_total = 60 / rpm if rpm else 0.0, max_requests, max_tokens_total
         loopback = is_loopback(url.hostname)
@@ -90,7 +92,7 @@ class Teacher:
         self.session = requests.Session()
         self.session.trust_env = not loopback              # a proxy of the environment is not for loopback
         self.session.mount(f"{url.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **({self.key_header[0]: self.key_header[1] + self.key} if self.key else {})}
         self.prepared = self.session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=lambda request: request))      # an auth of our own, so that netrc never supplies one
         self.network = self.session.merge_environment_settings(self.url, {}, True, None, None)                                               # proxies and certificates, looked up once
         self.lock, self.closing = threading.Condition(), threading.Event()
@@ -122,15 +124,14 @@ class Teacher:
         self.largest = max(self.largest, record.get("tokens", 0))
         self.done[record["key"]] = at
 
-    @staticmethod
-    def _key(url, key_env, loopback):
-        """The API key for this host: OPENAI_API_KEY for OpenAI's own host alone, for others the variable that --key-env names."""
-        openai = url.hostname == "api.openai.com" and url.scheme == "https"
+    def _key(self, url, key_env, loopback):
+        """The API key for this host: one of OWN_KEYS for its own host alone, for others the variable that --key-env names."""
+        own = next((name for name, host in OWN_KEYS.items() if url.hostname == host and url.scheme == "https"), None)
         if key_env and url.scheme != "https" and not loopback:
-            raise UserError(f"--key-env {key_env}: a key does not travel over plain http to {url.hostname}; use https")
-        if key_env == "OPENAI_API_KEY" and not openai:
-            raise UserError(f"--key-env OPENAI_API_KEY: that key goes to api.openai.com alone; put the one for {url.hostname} into another variable")
-        name = key_env or ("OPENAI_API_KEY" if openai else None)
+            raise UserError(f"{self.key_flag} {key_env}: a key does not travel over plain http to {url.hostname}; use https")
+        if key_env in OWN_KEYS and key_env != own:
+            raise UserError(f"{self.key_flag} {key_env}: that key goes to {OWN_KEYS[key_env]} alone; put the one for {url.hostname} into another variable")
+        name = key_env or own
         if not name:
             return None
         key = os.environ.get(name, "").strip()
@@ -283,9 +284,8 @@ class Teacher:
     def _post(self, request):
         import requests
         import urllib3
-        body = {self.max_tokens_field if k == "max_tokens" else k: v for k, v in request.items() if k != "index" and v is not None and k not in self.omit}
         prepared = self.prepared.copy()
-        prepared.prepare_body(json.dumps({"model": self.model, **body}).encode(), None)
+        prepared.prepare_body(json.dumps(self._body(request)).encode(), None)
         started = time.monotonic()
         try:
             with self.session.send(prepared, timeout=self.timeout, allow_redirects=False, **self.network) as response:
@@ -314,12 +314,15 @@ class Teacher:
         kind = f"{error.get('type')} {error.get('code')}" if isinstance(error, dict) else ""
         message = self.redact(error.get("message") if isinstance(error, dict) else error or raw[:200].decode("utf-8", "replace"))
         if 300 <= status < 400:
-            raise UserError(f"{self.url} answered {status}, a redirect to {self.redact(headers.get('Location'))}, which is not followed; give the address itself as --endpoint")
+            raise UserError(f"{self.url} answered {status}, a redirect to {self.redact(headers.get('Location'))}, which is not followed; give the address itself as {self.flag}")
         if status in (401, 402, 403, 404) or "insufficient_quota" in kind:
             raise UserError(f"{self.url} answered {status}: {message}")
         if status in (400, 413, 422):
             return {"status": "content_filter" if "content_filter" in kind else "refused", "content": "", "error": f"{status}: {message}", **self._provenance(request)}
         raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")), status == 429)
+
+    def _body(self, request):
+        return {"model": self.model, **{self.max_tokens_field if k == "max_tokens" else k: v for k, v in request.items() if k != "index" and v is not None and k not in self.omit}}
 
     def _record(self, request, answer):
         try:
@@ -339,6 +342,31 @@ class Teacher:
 
     def _provenance(self, request):
         return {"time": round(time.time()), "sampling": {k: v for k, v in request.items() if k not in ("messages", "index") and v is not None and k not in self.omit}}
+
+
+class Scorer(Teacher):
+    """The same client for a service that speaks the Perspective API's protocol, /v1alpha1/comments:analyze: how toxic is a text?
+
+    A request is {"text"}; the record of one that was answered has status "ok" and `score`, from 0 to 1. A text that the service
+    refuses (too long, a language that it does not know) has status "refused" and no score. `model` stands for the service in the
+    journal's keys.
+    """
+    flag, key_flag, path, key_header = "--scorer", "--scorer-key-env", "/v1alpha1/comments:analyze", ("X-Goog-Api-Key", "")
+
+    def _body(self, request):
+        return {"comment": {"text": request["text"]}, "languages": ["en"], "requestedAttributes": {"TOXICITY": {}}, "doNotStore": True}
+
+    def _record(self, request, answer):
+        try:
+            score = answer["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
+            if type(score) not in (int, float) or not 0 <= score <= 1:
+                raise TypeError
+        except (KeyError, TypeError):                      # a null, a NaN, an error with status 200: not a number, and never taken for one
+            raise Transient("answered 200 without a score from 0 to 1; does it speak the Perspective API's protocol?") from None
+        return {"status": "ok", "score": score, **self._provenance(request)}
+
+    def _provenance(self, request):
+        return {"time": round(time.time())}
 
 
 def backoff(attempt):
@@ -376,6 +404,15 @@ def teacher_of(args, journal):
         raise UserError("--timeout must be more than 0 seconds")
     names = ("concurrency", "timeout", "retries", "rpm", "max_requests", "max_tokens_total", "max_tokens_field", "omit", "key_env", "teacher_id")
     return Teacher(args.endpoint, args.endpoint_model, journal, **{name: getattr(args, name) for name in names})
+
+
+PERSPECTIVE = "https://commentanalyzer.googleapis.com"
+
+
+def scorer_of(args, journal):
+    """The client of --scorer URL; its pace, a request a second unless told otherwise, is Perspective's quota for a new project."""
+    url = PERSPECTIVE if args.scorer == "perspective" else args.scorer
+    return Scorer(url, args.scorer, journal, concurrency=args.concurrency, timeout=args.timeout, retries=args.retries, rpm=args.scorer_rpm, key_env=args.scorer_key_env)
 
 
 def write_card(args, title, teacher, rows):

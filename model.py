@@ -38,7 +38,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):      # elsew
         import triton
         import triton.language as tl
 
-from data import (Parser, SPECIAL, UserError, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
+from data import (Parser, SPECIAL, UserError, adds_bos, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
                   read_prompts, real, render, run, stop_rule, visible, write_json, write_jsonl)
 
 
@@ -1165,15 +1165,25 @@ class Cache:
         self.prefix = [None] * c.n_layer
         self.new = [None] * c.n_layer
 
+    def share(self, model, prefix):
+        """Compute `prefix` (ids) once, for all rows."""
+        if prefix:
+            model.hidden(torch.tensor([prefix], device=self.k.device), attend=self.attend_prefill)
+            self.prefix = [(k[0], v[0]) for k, v in self.new]
+
     def attend_prefill(self, i, q, k, v):
         """Prompts behind the prefix, right-padded: causality alone hides the padding."""
         self.new[i] = k, v
         if self.prefix[i] is None:
             return attention(q, k, v)
-        T = q.shape[2]
-        causal = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()
-        rows = max(1, (1 << 26) // (q.shape[1] * T * (T + self.prefix[i][0].shape[1])))      # bounds the float32 scores
-        return torch.cat([attend_with_prefix(q[r:r + rows], k[r:r + rows], v[r:r + rows], causal, self.prefix[i]) for r in range(0, len(q), rows)])
+        (KV, P, D), T = self.prefix[i][0].shape, q.shape[2]
+        causal = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)            # aligned bottom-right
+        rows = max(1, (1 << 26) // (KV * (P + T) * D))                                      # bounds the copies of the prefix, which the fused kernel is worth
+
+        def part(r):
+            k_, v_ = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(self.prefix[i], (k[r:r + rows], v[r:r + rows])))
+            return F.scaled_dot_product_attention(q[r:r + rows], k_, v_, attn_mask=causal, enable_gqa=q.shape[1] != KV)
+        return torch.cat([part(r) for r in range(0, len(q), rows)])
 
     def attend_step(self, at, length):
         """One token for each of the first len(at) rows, written at `at` (n,) behind the prefix; `length` ≥ max(at) + 1."""
@@ -1203,6 +1213,12 @@ def attend_with_prefix(q, k, v, mask, prefix):
     if P:
         y = y + (p[..., :P].transpose(0, 1).reshape(KV, -1, P) @ prefix[1]).view(KV, B, -1, D).transpose(0, 1)
     return y.reshape(B, H, T, D)
+
+
+def shared_prefix(prompts):
+    """How many first ids all prompts share, each keeping one of its own; 0 where they are too few to be worth a second product."""
+    P = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    return P if P >= 16 else 0
 
 
 def uniform(seed, step):
@@ -1244,9 +1260,7 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit the context of {c.context} tokens")
     seeds = seeds or [0] * len(prompts)
     eos = set(eos)
-    P = 0 if len(prompts) == 1 else len(os.path.commonprefix(prompts))
-    P = min(P, min(map(len, prompts)) - 1)
-    P = P if P >= 16 else 0                                                                 # a short one is not worth a second product
+    P = shared_prefix(prompts)
     limit = [min(max_new, c.context - len(p)) for p in prompts]
     capacity = max(len(p) - P + n for p, n in zip(prompts, limit))
     if not slots:
@@ -1260,10 +1274,7 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
         u = torch.tensor([uniform(seeds[r], len(new[r])) for r in rows], dtype=torch.float64) if temperature else None
         return sample(model.project(h).float(), temperature, top_k, top_p, None if u is None else u.to(device))
 
-    if P:
-        ids = torch.tensor([prompts[0][:P]], device=device)
-        model.hidden(ids, attend=cache.attend_prefill)
-        cache.prefix = [(k[0], v[0]) for k, v in cache.new]
+    cache.share(model, prompts[0][:P])
     queue = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]), reverse=True)     # popped from the end: short ones first, twins together
     new = [[] for _ in prompts]
     live, last, at = [], [], []                                                             # prompt, last token, position behind the prefix, per slot
@@ -1316,6 +1327,24 @@ def generate(model, prompts, max_new, *, temperature=0.0, top_k=0, top_p=1.0, se
     return new
 
 
+@torch.inference_mode()
+def last_states(model, prompts, batch=2048):
+    """Yield (indices, normed states (n, C) behind the last ids of those prompts), about `batch` ids of theirs at a time.
+
+    What the prompts share is computed once: five-shot multiple choice costs its questions alone. Prompts fill the context at most.
+    """
+    device, P = model.embedding.weight.device, shared_prefix(prompts)
+    cache = Cache(model, 0, 0)
+    cache.share(model, prompts[0][:P])
+    queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)        # neighbours of one length need little padding
+    while queue:
+        T = len(prompts[queue[0]]) - P
+        rows, queue = queue[:max(1, batch // T)], queue[max(1, batch // T):]
+        ids = torch.tensor([[*prompts[r][P:], *[0] * (P + T - len(prompts[r]))] for r in rows], device=device)
+        h = model.hidden(ids, torch.arange(P, P + T, device=device), cache.attend_prefill)
+        yield rows, h[torch.arange(len(rows), device=device), torch.tensor([len(prompts[r]) - P - 1 for r in rows], device=device)]
+
+
 # --- devices, the program -------------------------------------------------------------------------------------------------------------
 
 def pick_device(name):
@@ -1347,7 +1376,7 @@ def add_sampling_flags(parser, temperature, max_new):
 def prompt_ids(messages, tokenizer, template):
     """Ids behind which the answer is generated; `plain` is the bare text of the turns, for base models."""
     if template == "plain":
-        return [tokenizer.bos, *tokenizer.encode("\n\n".join(m["content"] for m in messages))]
+        return [*[tokenizer.bos] * adds_bos(tokenizer.folder), *tokenizer.encode("\n\n".join(m["content"] for m in messages))]
     missing = [s for s in SPECIAL[template] if s not in tokenizer.added]
     if missing:
         raise UserError(f"{tokenizer.folder}: template {template!r} needs {', '.join(missing)} in the vocabulary; this checkpoint was not trained with it (--template plain)")

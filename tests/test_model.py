@@ -119,6 +119,17 @@ def test_generation_with_slots_prefix_and_refill_equals_uncached_greedy_decoding
     assert told == dict(enumerate(wanted))
 
 
+@pytest.mark.parametrize("n, shared, batch", [(7, 40, 64), (7, 0, 2048), (1, 40, 8), (3, 16, 1)])
+def test_last_states_behind_a_shared_prefix_are_those_of_each_prompt_alone(n, shared, batch):
+    model = M.Transformer(M.llama(2, 4, 32, 64, n_kv_head=2, vocab_size=100, context=128)).initialize(0)
+    rng = random.Random(n)
+    prompts = [[3] * shared + [rng.randrange(100) for _ in range(rng.randint(1, 20))] for _ in range(n)]
+    found = {i: h for rows, states in M.last_states(model, prompts, batch) for i, h in zip(rows, states)}
+    assert sorted(found) == list(range(n))
+    for i, h in found.items():
+        assert torch.allclose(h, model.hidden(torch.tensor([prompts[i]]))[0, -1], atol=1e-5)
+
+
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(tmp_path):
     model = pair_of("llama", tmp_path)[0]
     prompts, seeds = [[1, 5, 6], [1, 7], [1, 5, 6], [1, 9, 9, 9]], [11, 12, 13, 14]

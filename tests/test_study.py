@@ -108,7 +108,7 @@ def test_unknown_stages_and_seeds_are_one_line(tmp_path):
 
 
 def test_help_has_an_example_and_defaults():
-    for program_name, commands in {"data.py": ["mix", "pack", "inspect", "stats", "fetch"], "imitation.py": ["study", "synthesize", "collect"], "evaluate.py": ["nq", "style", "table"], "model.py": ["info", "generate"], "train.py": [""]}.items():
+    for program_name, commands in {"data.py": ["mix", "pack", "inspect", "stats", "fetch"], "imitation.py": ["study", "synthesize", "collect"], "evaluate.py": ["nq", "style", "judge", "toxicity", "table"], "model.py": ["info", "generate"], "train.py": [""]}.items():
         for command in commands:
             text = program(program_name, *filter(None, [command]), "--help").stdout
             assert "example: " in text and ("default" in text or command in ("info", "fetch"))
