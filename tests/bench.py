@@ -220,7 +220,8 @@ def timed(command, folder):
 
 def evaluation(args):
     """Questions a second beyond a run of one question a subject, start-up and loading; the same model, precision, prompts and questions."""
-    here, shared, model = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent.parent / "shared", Path(args.model).resolve()
+    here, model = Path(__file__).resolve().parent.parent, Path(args.model).resolve()
+    shared = (here.parent / "shared").resolve()
     rows = [["task", "questions", "ours 1/s", "lm-eval 1/s", "its batch", "ratio", "ours per CPU s", "lm-eval per CPU s", "ratio"]]
     with tempfile.TemporaryDirectory() as folder:
         folder, count = Path(folder), {}
