@@ -1376,7 +1376,7 @@ def crowd_report(folder):
                         "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]})
     votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
     jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
-    metrics = by_category("majority_at_least_as_good", samples, "majority_at_least_as_good") | by_category("at_least_as_good", samples, "at_least_as_good")
+    metrics = by_category("majority_at_least_as_good", samples) | by_category("at_least_as_good", samples)
     metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}      # the latter 0 where position has no effect
     metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
     metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
