@@ -592,12 +592,18 @@ part='a root of its own'
 mount -t tmpfs -o mode=755,size=1m tmpfs /sys
 cd /sys
 mkdir -p proc old var/tmp
-for path do
-    mkdir -p ".${path%/*}"
-    if [ -L "$path" ]; then ln -s "$(readlink "$path")" ".$path"
-    elif [ -d "$path" ]; then mkdir -p ".$path"; mount --rbind "$path" ".$path"
-    elif [ -e "$path" ]; then : > ".$path"; mount --bind "$path" ".$path"; fi
-done
+show() {
+    mkdir -p ".${1%/*}"
+    if [ -L "$1" ]; then ln -s "$(readlink "$1")" ".$1"
+    elif [ -d "$1" ]; then
+        mkdir -p ".$1"
+        case $(stat -c %A "$1") in
+            *[xt]) mount --rbind "$1" ".$1" ;;
+            *) for entry in "$1"/*; do show "$entry"; done ;;      # closed to the unprivileged uid, as a folder of mktemp is
+        esac
+    elif [ -e "$1" ]; then : > ".$1"; mount --bind "$1" ".$1"; fi
+}
+for path do show "$path"; done
 [ -e tmp ] || ln -s var/tmp tmp
 mount --rbind /proc proc
 pivot_root . old
