@@ -465,7 +465,7 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.kind == "layer":
             return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-        if x.is_cuda:                                                                       # one kernel, float32 inside, which keeps x alone
+        if x.is_cuda:                                                                       # where torch has a kernel of its own for this
             return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
