@@ -726,7 +726,6 @@ def judge(jobs, workers, timeout=3.0, unsafe=False):
 
 def humaneval(args):
     """pass@1, 10 and 100 over the problems, 0-shot (§4)."""
-    from model import checkpoint_folder, template_of
     problems, drawn = sampled(read_problems(args.data), args)
     if args.n > 1 and not args.temperature or not args.deadline:
         raise UserError("--n: at --temperature 0 all samples of a problem are alike" if args.deadline else "--deadline must be more than 0 seconds")
@@ -734,7 +733,10 @@ def humaneval(args):
     settings = {"shots": 0, "n": args.n, "temperature": args.temperature, "top_p": args.top_p, "stop": "code", "max_new": args.max_new, "deadline": args.deadline, "unsafe": args.unsafe,
                 "python": platform.python_version(), **drawn, "data": Path(args.data).name, "data_hash": file_hash(args.data), "seed": args.seed}
     by_id = {p["task_id"]: p for p in problems}
-    chats = {m: template_of(checkpoint_folder(m), args.template) != "plain" for m in args.model or ()} or {None: True}
+    chats = {None: True}
+    if args.model:
+        from model import checkpoint_folder, template_of
+        chats = {m: template_of(checkpoint_folder(m), args.template) != "plain" for m in args.model}
 
     for chat in sorted(set(chats.values())):                     # what is asked, and what an answer means, goes by the template
         def summarize(lines):
