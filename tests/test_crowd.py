@@ -32,7 +32,8 @@ class Served:
         self.command, self.out = ["evaluate.py", "crowd", "--a", a, "--b", b, "--out", out, "--port", "0", *more], out
 
     def __enter__(self):
-        self.process = subprocess.Popen([sys.executable, *map(str, self.command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, *map(str, self.command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a test run in a shell's background inherits it ignored
         line = self.process.stdout.readline()
         assert line.startswith("http://127.0.0.1:"), line + self.process.stderr.read()
         self.url = line.split()[0]
@@ -41,7 +42,7 @@ class Served:
 
     def __exit__(self, *_):
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate(timeout=60)
 
     def request(self, method, path, body=None, **headers):
         """(status, headers, text); a header given as None is not sent."""
@@ -209,7 +210,7 @@ def test_pairs_join_by_id_or_by_prompt_and_show_the_whole_conversation(tmp_path)
         k = state["turns"][-1][1][-1]
         assert state["turns"] == [["system", "be kind"], ["user", "hello"], ["assistant", "hi"], ["user", f"query {k}"]] and sorted(state["answers"]) == [f"a{k}", f"b{k}"] and state["left"] == 2
         server.process.send_signal(signal.SIGINT)
-        assert "1 replies have no partner" in server.process.communicate()[1]
+        assert "1 replies have no partner" in server.process.communicate(timeout=60)[1]
     b.write_text(b.read_text().replace("other ", "").replace("query 1", "another"))
     assert "'1' answers another prompt" in one_line(program("evaluate.py", "crowd", "--a", a, "--b", b, "--out", tmp_path / "p", status=2))
 
