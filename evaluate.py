@@ -411,7 +411,9 @@ def parse_letter(text):
 
 def mmlu(args):
     folder = Path(args.data)
-    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in args.subjects or sorted(CATEGORY)}
+    present = {path.name.removesuffix("_test.csv") for path in folder.glob("test/*_test.csv")}
+    subjects = args.subjects or sorted(CATEGORY if not present or present & CATEGORY.keys() else present)          # of Hendrycks et al.'s subjects all 57 must be there
+    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in subjects}
     data = {subject: [read_choices(path) for path in paths] for subject, paths in files.items()}
     short = [subject for subject, (dev, _) in data.items() if len(dev) < args.shots]
     if short:
@@ -420,7 +422,7 @@ def mmlu(args):
     settings = {"shots": args.shots, "subjects": args.subjects and sorted(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
                 "data_hash": digest([[file_hash(path) for path in paths] for paths in files.values()])}
     examples = [{"prompt": lambda lost, s=subject, row=row: mmlu_prompt(s, row, data[s][0][:args.shots][lost:]), "shots": args.shots, "group": subject,
-                 "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
+                 "sample": {"subject": subject, "category": CATEGORY.get(subject), "question": row[0], "answer": row[5]}} for subject, row in rows]
 
     def verdict(example, answer):
         said = {"output": answer} if isinstance(answer, str) else {"log_likelihoods": answer}
@@ -1006,7 +1008,7 @@ def length_controlled(good, longer):
     likelihood = lambda beta: (y * (X @ beta) - np.logaddexp(0, X @ beta)).sum()
     with contextlib.suppress(np.linalg.LinAlgError):
         for _ in range(40):
-            p = 1 / (1 + np.exp(-X @ beta))
+            p = np.exp(-np.logaddexp(0, -X @ beta))
             information = X.T * (p * (1 - p)) @ X
             step = np.linalg.solve(information, X.T @ (y - p))
             if abs(step).max() < 1e-9:
@@ -1712,7 +1714,7 @@ def main():
     p = commands.add_parser("mmlu", help="57 subjects of multiple choice", example="python evaluate.py mmlu --model runs/llama7b --data mmlu --out results/mmlu")
     p.add_argument("--data", required=True, metavar="DIR", help="folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as Hendrycks et al. publish them")
     p.add_argument("--shots", type=natural, default=5, help="§4: 5, from dev")
-    p.add_argument("--subjects", nargs="+", choices=sorted(CATEGORY), metavar="SUBJECT", help="None takes all 57")
+    p.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="None takes all 57; of a folder with subjects of its own, all of these")
     add_asking_flags(p, 64)
 
     p = commands.add_parser("humaneval", help="pass@k of programs, judged in a sandbox", example="python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval")
