@@ -524,11 +524,12 @@ def check(world_folder, files, out):
         name, samples, shares = Path(file).name.removesuffix(".jsonl"), [], {}
         for i, (query, answer, record) in read_replies(file).items():
             labelled = [(sentence, label(world, sentence)) for sentence in sentences_of(answer)]
-            samples.append({"id": i, "category": record.get("category"), "query": query, "sentences": labelled})
             said = [verdict for sentence, verdict in labelled if sentence.strip()]
-            for metric, among in (("false", said), ("true", said), ("unverifiable", said), ("false_of_checkable", [v for v in said if v != "unverifiable"])):
-                if among:
-                    shares.setdefault(metric, []).append(among.count(metric.split("_")[0]) / len(among))
+            among = {"false": said, "true": said, "unverifiable": said, "false_of_checkable": [v for v in said if v != "unverifiable"]}
+            mine = {metric: verdicts.count(metric.split("_")[0]) / len(verdicts) for metric, verdicts in among.items() if verdicts}
+            samples.append({"index": i, "category": record.get("category"), "query": query, "sentences": labelled, **mine})
+            for metric, share in mine.items():
+                shares.setdefault(metric, []).append(share)
         metrics = {metric: {"score": statistics.fmean(values), "stderr": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None, "n": len(values)} for metric, values in shares.items()}
         write_jsonl(Path(out) / name / "samples.jsonl", samples)
         write_json(Path(out) / name / "results.json", {"task": "facts", "model": {"name": name, "endpoint": name.startswith("teacher")}, "metrics": metrics, "settings": {"world": world.seed, "a_hash": file_hash(file)}})
