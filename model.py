@@ -820,33 +820,21 @@ def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
+LLAMA = {"embedding": "model.embed_tokens", "blocks": "model.layers", "attention_norm": "input_layernorm", "attention": "self_attn", "mlp_norm": "post_attention_layernorm",
+         "norm": "model.norm", "head": "lm_head", **{name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}}
+GPT2 = {"embedding": "transformer.wte", "position": "transformer.wpe", "blocks": "transformer.h", "attention_norm": "ln_1", "attention": "attn", "mlp_norm": "ln_2",
+        "norm": "transformer.ln_f", "head": "lm_head", **dict.fromkeys("qkv", "c_attn"), "up": "c_fc", **dict.fromkeys(("o", "down"), "c_proj")}
+
+
 def published_names(c):
-    """{tensor of the published checkpoint: (our parameters that make it up, transposed?)}.
+    """{tensor of the published checkpoint: (our parameters that make it up, transposed?)}; a parameter that a fork adds keeps its own name.
 
     LLaMA maps one to one. GPT-2 keeps q, k and v in one c_attn and stores its linear layers as (in, out), "Conv1D".
     """
-    names = {}
-    if c.family == "gpt2":
-        names |= {"transformer.wte.weight": (["embedding.weight"], False), "transformer.wpe.weight": (["position.weight"], False)}
-        for i in range(c.n_layer):
-            ours, theirs = f"blocks.{i}.", f"transformer.h.{i}."
-            for kind in ("weight", "bias"):
-                names |= {f"{theirs}ln_1.{kind}": ([f"{ours}attention_norm.{kind}"], False), f"{theirs}ln_2.{kind}": ([f"{ours}mlp_norm.{kind}"], False),
-                          f"{theirs}attn.c_attn.{kind}": ([f"{ours}attention.{p}.{kind}" for p in "qkv"], kind == "weight"),
-                          f"{theirs}attn.c_proj.{kind}": ([f"{ours}attention.o.{kind}"], kind == "weight"),
-                          f"{theirs}mlp.c_fc.{kind}": ([f"{ours}mlp.up.{kind}"], kind == "weight"),
-                          f"{theirs}mlp.c_proj.{kind}": ([f"{ours}mlp.down.{kind}"], kind == "weight")}
-        names |= {"transformer.ln_f.weight": (["norm.weight"], False), "transformer.ln_f.bias": (["norm.bias"], False)}
-    else:
-        names["model.embed_tokens.weight"] = (["embedding.weight"], False)
-        for i in range(c.n_layer):
-            ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-            names |= {f"{theirs}input_layernorm.weight": ([f"{ours}attention_norm.weight"], False), f"{theirs}post_attention_layernorm.weight": ([f"{ours}mlp_norm.weight"], False)}
-            names |= {f"{theirs}self_attn.{p}_proj.weight": ([f"{ours}attention.{p}.weight"], False) for p in "qkvo"}
-            names |= {f"{theirs}mlp.{p}_proj.weight": ([f"{ours}mlp.{p}.weight"], False) for p in ("gate", "up", "down")}
-        names["model.norm.weight"] = (["norm.weight"], False)
-    if not c.tied:
-        names["lm_head.weight"] = (["head.weight"], False)
+    names, published = {}, GPT2 if c.family == "gpt2" else LLAMA
+    for ours in whole_shapes(c):
+        theirs = ".".join(published.get(part, part) for part in ours.split("."))
+        names.setdefault(theirs, ([], theirs.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))))[0].append(ours)
     return names
 
 
