@@ -281,7 +281,9 @@ def plan(args, config, world, compute, path, loss_share=1.0):
 
     def numel(t, shards, names):
         return sum(math.prod(s.stop - s.start for s in region(shapes[n], TensorParallel(t, tp).cut(config, n), 0, shards)) for n in names)
-    mine = max(numel(t, shards, shapes) for t in range(tp))
+    with torch.device("meta"):
+        trained = [n for n, p in Transformer(config).named_parameters() if p.requires_grad]
+    mine, moved = (max(numel(t, shards, names) for t in range(tp)) for names in (shapes, trained))
     rows = args.micro_batch or -(-args.batch // (world // tp))
     ends, block = activation_bytes(config, tp, rows, args.block, compute, path, shards > 1)
     vocabulary, n_loss = -(-config.vocab_size // tp), round(rows * args.block * loss_share)
@@ -289,11 +291,11 @@ def plan(args, config, world, compute, path, loss_share=1.0):
     chunk = min(4096, n_loss, (1 << 26) // vocabulary) * vocabulary * (12 + 2 * size)                          # one chunk's logits
     root = [n for n in shapes if not n.startswith("blocks.")]
     root, one = numel(tp - 1, 1, root), numel(tp - 1, 1, [n for n in shapes if n.startswith("blocks.0.")])
-    out = {"weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "frozen base": size * mine if args.kl else 0,
+    out = {"weights": 4 * mine, "gradients": 4 * moved, "optimizer": 8 * moved, "frozen base": size * mine if args.kl else 0,
            "gathered": (root + 2 * one) * size + (root + one) * (size + 4) if shards > 1 else 0,               # two blocks under way, one block's and the root's gradients
            "activations": ends + loss + (config.n_layer * rows * args.block * config.n_embd * size if args.recompute else config.n_layer * block),
            "working": max(chunk, block)}                                                                       # one block's gradients, or its recomputed activations
-    step = min(4 * mine, 1 << 30)                                      # the optimizer's one temporary, when the activations are gone
+    step = min(4 * moved, 1 << 30)                                     # the optimizer's one temporary, when the activations are gone
     out["peak"] = out["weights"] + out["gradients"] + out["optimizer"] + out["frozen base"] + max(out["gathered"] + out["activations"] + out["working"], step)
     return out
 
@@ -613,7 +615,7 @@ class Trainer:
                 block._forward = torch.compile(block._forward)
         self.parameters, shapes = dict(self.model.named_parameters()), whole_shapes(config)
         self.layout = {n: (shapes[n], ranks.tp.cut(config, n)) for n in self.parameters}
-        groups = [parts for parts, _ in published_names(config).values()]
+        groups = [parts for parts, _ in published_names(config).values() if self.parameters[parts[0]].requires_grad]
         self.names = [n for parts in groups for n in parts]
         self.optimizer = Optimizer(args.optimizer, [[self.parameters[n] for n in parts] for parts in groups], args.weight_decay, args.clip, self.complete)
         self.state = State({f"{part}.{n}": t for part, tensors in (("master", self.optimizer.params), ("m", self.optimizer.m), ("v", self.optimizer.v)) for n, t in zip(self.names, tensors)},
