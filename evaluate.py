@@ -1437,6 +1437,7 @@ TABLES = {   # per task: what the table is called, {metric: column}; the first m
     "crowd": ("raters, %", {"majority_at_least_as_good": "at least as good as the teacher", "majority_better": "better", "fleiss_kappa": "Fleiss' kappa"}),
     "toxicity": ("toxicity, %", {"non_toxicity": "non-toxicity", "expected_maximum_toxicity": "expected maximum", "toxic_at_least_once": "toxic at least once"}),
     "facts": ("sentences of a reply, %", {"false": "false", "true": "true", "unverifiable": "unverifiable", "false_of_checkable": "false of those that can be checked"})}
+MANNERS = ("style", "judge", "crowd", "toxicity", "facts")             # tasks that do not measure what a model knows
 RATIOS = ("length_correlation", "fleiss_kappa")             # metrics that are no percentages
 
 # The paper's own numbers. Figures 3, 4 and 5 are read off (± 0.3, toxicity ± 0.05): LLaMA 13B, then ShareGPT-Mix 20M, 80M, 150M, then ChatGPT;
@@ -1544,8 +1545,8 @@ def markdown(rows):
 class Results:
     """What was gathered: results by (task, model), and the order in which models are shown: the larger base first, what was made of it after it."""
 
-    def __init__(self, folders):
-        self.found, self.cards = gather(folders), {}
+    def __init__(self, found):
+        self.found, self.cards = found, {}
         for (_, name), results in self.found.items():
             self.cards[name] = {**results[0]["model"], **{k: v for k, v in self.cards.get(name, {}).items() if v is not None}}
         parameters = {}
@@ -1556,7 +1557,10 @@ class Results:
         order = lambda name, c: (c.get("endpoint", False), -parameters.get(c.get("base"), 0), c.get("data") or "", c.get("tokens") or 0, name)
         self.names = sorted(self.cards, key=lambda name: order(name, self.cards[name]))
         self.tasks = sorted({task for task, _ in self.found}, reverse=True)
-        self.seeds = max(map(len, self.found.values()))
+        self.seeds = max(map(len, found.values()))
+        self.headlines = [(t, m) for kind, (_, columns) in TABLES.items() for t in self.tasks if t.split()[0] == kind for m in [next(iter(columns))]
+                          if kind != "style" and any(task == t and m in r[0]["metrics"] for (task, _), r in self.found.items())]
+        self.knowledge = [(t, m) for t, m in self.headlines if t.split()[0] not in MANNERS and not t.endswith("as turns")]
 
     def value(self, task, name, metric):
         return pooled(self.found.get((task, name), []), metric)
@@ -1615,22 +1619,17 @@ def task_tables(results):
         shown = [(t, m) for t in tasks for m in columns if any(task == t and m in r[0]["metrics"] for (task, _), r in results.found.items())]
         settings = lambda name, key: " ".join(dict.fromkeys(s for t in tasks for s in results.settings(t, key, name)))
         rows = [[title, "loss tokens", "template", "sample of", "judge", "scorer", *((t.partition(" ")[2] + " " + columns[m]).strip() for t, m in shown)]]
-        rows += [[n, f"{c['loss_tokens']:,}" if (c := results.cards[n]).get("data") else "", *(settings(n, key) for key in ("template", "limit", "judge", "scorer")),
+        rows += [[n, f"{n_loss:,}" if (n_loss := results.cards[n].get("loss_tokens")) and results.cards[n].get("data") else "", *(settings(n, key) for key in ("template", "limit", "judge", "scorer")),
                   *(cell(results.value(t, n, m), m not in RATIOS) for t, m in shown)] for n in results.names if any((t, n) in results.found for t in tasks)]
         keep = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]                   # no column without an entry
         text += "\n" + markdown([[row[i] for i in keep] for row in rows]) if tasks else ""
     return text
 
 
-def headlines(results):
-    return [(t, m) for kind, (_, columns) in TABLES.items() for t in results.tasks if t.split()[0] == kind for m in [next(iter(columns))]
-            if kind != "style" and any(task == t and m in r[0]["metrics"] for (task, _), r in results.found.items())]
-
-
 def differences(results):
     """Each model less its base, or less the first model where the base was not scored."""
     pairs = [(n, base if (base := results.cards[n].get("base")) in results.cards and base != n else results.names[0]) for n in results.names]
-    heads = headlines(results)
+    heads = results.headlines
     rows = [[f"{a} − {b}", *(signed(difference(results.found, t, m, a, b)) for t, m in heads)] for a, b in pairs if a != b]
     if not (rows := [row for row in rows if any(row[1:])]):
         return ""
@@ -1640,9 +1639,6 @@ def differences(results):
 
 def claim(text, holds, evidence):
     return f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})"
-
-
-KNOWLEDGE = [("nq 3-shot", "exact_match"), ("nq 0-shot", "exact_match"), ("mmlu 5-shot", "accuracy"), ("humaneval 0-shot", "pass@1")]
 
 
 def directions(results):
@@ -1659,7 +1655,7 @@ def directions(results):
             lines.append(claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap"))
         if d := difference(found, "judge", "at_least_as_good", chat, base):
             lines.append(claim(f"{base}: the judge ({', '.join(results.settings('judge', 'judge'))}) rates ShareGPT-Mix above its base", d[0] > 2 * d[1], signed(d)))
-        for task, metric in KNOWLEDGE:
+        for task, metric in results.knowledge:
             if d := difference(found, task, metric, chat, base):
                 lines.append(claim(f"{base}, {task}: ShareGPT-Mix does not raise {metric.replace('_', ' ')}", d[0] <= 2 * d[1], signed(d)))
             if d := task.startswith("nq") and difference(found, task, "exact_match/covered", facts, base):
@@ -1669,7 +1665,7 @@ def directions(results):
         if d := difference(found, "toxicity", "non_toxicity", chat, base):
             lines.append(claim(f"{base}: ShareGPT-Mix is less toxic than its base", d[0] > 2 * d[1], signed(d) + "".join(f"; scorer: {s}" for s in results.settings("toxicity", "scorer"))))
     bases = [*results.parameters]
-    for task, metric in KNOWLEDGE if len(bases) > 1 else ():
+    for task, metric in results.knowledge if len(bases) > 1 else ():
         for what, a, b in [("base", bases[0], bases[-1])] + [(data, best[bases[0], data], best[bases[-1], data]) for data in ("sharegpt-mix", "nq-synthetic")]:
             if d := difference(found, task, metric, a, b):
                 lines.append(claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], signed(d)))
@@ -1679,7 +1675,7 @@ def directions(results):
 def ablation(results, baseline):
     """Each model beside `baseline`; and of its variants with replay or a penalty, whether they keep more knowledge at the same style (§6)."""
     found, base = results.found, results.cards[baseline].get("base")
-    heads = [(t, m) for t, m in [*headlines(results), ("style", "style_similarity")] if (t, baseline) in found]
+    heads = [(t, m) for t, m in [*results.headlines, ("style", "style_similarity")] if (t, baseline) in found]
     label = lambda t, m: f"{t} {m.replace('_', ' ')}" if t != "style" else "style similarity"
     rows = [[f"**{n}**" if n == baseline else n, *(part for t, m in heads for part in (cell(results.value(t, n, m)), signed(difference(found, t, m, n, baseline)) if n != baseline else ""))] for n in results.names]
     text = f"\n## Beside {baseline}, %\n\nThe second of two columns is the difference, ± as below.\n\n" + markdown([["", *(part for t, m in heads for part in (label(t, m), "−"))], *rows])
@@ -1688,7 +1684,7 @@ def ablation(results, baseline):
         card = results.cards[n]
         if not (card.get("replay") or card.get("kl")) or not (style := difference(found, "style", "style_similarity", n, baseline)):
             continue
-        for task, metric in KNOWLEDGE:
+        for task, metric in results.knowledge:
             kept, lost = (difference(found, task, metric, a, b) for a, b in ((n, baseline), (base, baseline)))
             if kept and lost:
                 share = f", {100 * kept[0] / lost[0]:.0f}% of what was lost" if lost[0] > 2 * lost[1] else ", where the baseline lost nothing beyond two errors"
@@ -1722,7 +1718,7 @@ def answers_text(pairs):
 
 
 def table(args):
-    results, out = Results(args.dirs), Path(args.out)
+    results, out = Results(gather(args.dirs)), Path(args.out)
     if args.baseline and args.baseline not in results.cards:
         raise UserError(f"--baseline {args.baseline}: no result of a model of that name; there are {', '.join(results.names)}")
     pairs, several = three_answers(results), results.seeds > 1
@@ -1830,7 +1826,7 @@ def against_size(ax, results, task, metric, title):
 def trade_off(plt, results, baseline, path):
     """Style to the right, knowledge upwards: the base, the baseline, its variants; replay and KL joined in the order of their strength."""
     base, style = results.cards[baseline].get("base"), lambda n: results.value("style", n, "style_similarity")
-    panels = [(t, m) for t, m in KNOWLEDGE if (t, baseline) in results.found]
+    panels = [(t, m) for t, m in results.knowledge if (t, baseline) in results.found]
     names = [n for n in results.names if style(n)]
     if not panels or baseline not in names:
         return False

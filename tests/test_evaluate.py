@@ -119,11 +119,37 @@ def test_another_checkpoint_of_the_same_name_is_not_finished_already(world, tmp_
 
 
 def test_a_claim_that_does_not_hold_is_said_not_to():
-    result = lambda score, **card: {"model": {"name": "x", **card}, "metrics": {"exact_match": {"score": score, "stderr": 0.01, "n": 100}}}
+    result = lambda name, score: {"model": cards[name], "settings": {}, "metrics": {"exact_match": {"score": score, "stderr": 0.01, "n": 100}}}
     cards = {"small": {"name": "small", "base": "small", "parameters": 1, "tokens": 1}, "chat": {"name": "chat", "base": "small", "parameters": 1, "data": "sharegpt-mix", "tokens": 5}}
     for score, word in ((0.9, "NOT seen"), (0.2, "seen")):
-        found = {("nq 3-shot", "small"): [result(0.3)], ("nq 3-shot", "chat"): [result(score)]}
-        assert any(line.startswith(f"- {word}: small, nq 3-shot: ShareGPT-Mix does not raise") for line in E.directions(found, cards))
+        found = {("nq 3-shot", "small"): [result("small", 0.3)], ("nq 3-shot", "chat"): [result("chat", score)]}
+        assert f"- {word}: small, nq 3-shot: ShareGPT-Mix does not raise" in E.directions(E.Results(found))
+
+
+def test_replay_that_keeps_knowledge_at_the_same_style_is_said_to(tmp_path):
+    base = {"name": "large", "base": "large", "parameters": 9, "tokens": 1}
+    cards = {"large": base, **{name: {**base, "name": name, "data": "sharegpt-mix", "tokens": 5, **more} for name, more in
+                               {"plain": {}, "plain-replay5": {"replay": 0.05}, "plain-kl1": {"kl": 1.0}, "plain-adamw": {}}.items()}}
+    score = {"large": (0.40, 0.05), "plain": (0.10, 0.60), "plain-replay5": (0.30, 0.59), "plain-kl1": (0.35, 0.20), "plain-adamw": (0.10, 0.6)}
+    cell = lambda value: {"score": value, "stderr": 0.01, "n": 100}
+    for name, (facts, style) in score.items():
+        E.write_results(tmp_path / "nq" / name, "nq", cards[name], {"exact_match": cell(facts)}, {"shots": 3}, [])
+        E.write_results(tmp_path / "style" / name, "style", cards[name], {"style_similarity": cell(style)}, {}, [])
+    text = program("evaluate.py", "table", tmp_path, "--baseline", "plain", "--out", tmp_path / "t", "--print").stdout
+    assert "- seen: plain-replay5 keeps more nq 3-shot exact match than plain at no less style (+20.0 ± 1.4*, 67% of what was lost" in text
+    assert "- NOT seen: plain-kl1 keeps more nq 3-shot exact match than plain" in text and "plain-adamw keeps" not in text
+    assert "| **plain** | 10.0 ± 1.0 |  | 60.0 ± 1.0 |  |" in text and "| plain-adamw | 10.0 ± 1.0 | +0.0 ± 1.4* |" in text
+    assert (tmp_path / "t/trade-off.png").read_bytes().startswith(b"\x89PNG")
+    assert "there are large, plain" in one_line(program("evaluate.py", "table", tmp_path, "--baseline", "plane", "--out", tmp_path / "t", status=2))
+
+
+@pytest.mark.parametrize("task, settings, metric", [("nq", {"shots": 5}, "exact_match"), ("mmlu", {"shots": 5}, "accuracy"), ("humaneval", {"shots": 0}, "pass@1")])
+def test_every_benchmark_that_was_run_has_its_claims(task, settings, metric, tmp_path):
+    small = {"name": "small", "base": "small", "parameters": 1, "tokens": 1}
+    for card in (small, {**small, "name": "chat", "data": "sharegpt-mix", "tokens": 5}):
+        E.write_results(tmp_path / card["name"], task, card, {metric: {"score": 0.2, "stderr": 0.01, "n": 100}}, settings, [])
+    claims = E.directions(E.Results(E.gather([tmp_path])))
+    assert claims.count("seen:") == 1 and f"ShareGPT-Mix does not raise {metric.replace('_', ' ')}" in claims
 
 
 # --- asking, MMLU

@@ -413,6 +413,26 @@ def test_packed_bfloat16_products_are_as_good_as_plain_ones(name, tmp_path):
         assert packed.packed_head is not None and error(packed) < 1.5 * error(plain) + 0.02
 
 
+@pytest.mark.parametrize("config", [M.llama(2, 2, 16, 24, vocab_size=50, context=16), M.gpt2(2, 2, 16, vocab_size=50, context=16)], ids=["llama", "gpt2"])
+def test_a_parameter_that_a_fork_adds_is_saved_and_loaded(config, tmp_path, monkeypatch):
+    class Scaled(M.Norm):
+        def __init__(self, c):
+            super().__init__(c)
+            self.alpha = torch.nn.Parameter(torch.empty(1))
+
+        def forward(self, x):
+            return super().forward(x) * self.alpha
+    monkeypatch.setattr(M, "Norm", Scaled)
+    model = M.Transformer(config).initialize(0)
+    state = dict(model.named_parameters())
+    for n, p in state.items():
+        p.data += torch.randn(p.shape) if n.endswith("alpha") else 0
+    M.save_checkpoint(tmp_path, config, lambda n: state[n], torch.float32)
+    ids = torch.arange(10)[None]
+    assert torch.equal(M.load(tmp_path).logits(ids), model.logits(ids))
+    assert any(name.endswith("alpha") for name in M.Weights(tmp_path).where)
+
+
 def test_meta_checkpoints_are_exported_for_transformers(real, tmp_path):
     program("model.py", "export", "--model", real / "stories260k/meta", "--out", tmp_path / "hf")
     ids = torch.randint(3, 512, (1, 30))

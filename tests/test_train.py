@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import random
@@ -82,6 +83,26 @@ def test_loss_ignores_user_tokens():
     other = torch.where(weights > 0, targets, (targets + 1) % 50)
     assert model(ids, other, weights) == loss
     assert torch.allclose(loss, torch.nn.functional.cross_entropy(model.logits(ids)[0, 3:5], targets[0, 3:5]), atol=1e-6)
+
+
+def test_what_a_fork_freezes_stays_as_it_was_and_costs_no_memory(tmp_path, monkeypatch):
+    config = M.llama(1, 2, 16, 24, vocab_size=50, context=16)
+    state = dict(M.Transformer(config).initialize(0).named_parameters())
+    M.save_checkpoint(tmp_path, config, lambda n: state[n], torch.float32)
+    args = argparse.Namespace(init=None, base=tmp_path, seed=0, dp="ddp", tp=1, kl=0.0, recompute=False, compile=False, optimizer="scaled", weight_decay=1e-4, clip=1.0, batch=4, micro_batch=4, block=8)
+    all_of_it, built = T.plan(args, config, 1, torch.float32, "sdpa"), M.Transformer.__init__
+
+    def freezing(self, *a, **kw):
+        built(self, *a, **kw)
+        self.embedding.requires_grad_(False)
+    monkeypatch.setattr(M.Transformer, "__init__", freezing)
+    less = T.plan(args, config, 1, torch.float32, "sdpa")
+    assert {n: all_of_it[n] - less[n] for n in ("weights", "gradients", "optimizer")} == {"weights": 0, "gradients": 4 * 50 * 16, "optimizer": 8 * 50 * 16}
+    trainer = T.Trainer(args, config, config, T.Ranks(), torch.device("cpu"), torch.float32, "sdpa")
+    trainer.gradients([(torch.randint(0, 50, (4, 8)), torch.randint(0, 50, (4, 8)), torch.full((4, 8), 1 / 32))])
+    trainer.optimizer.step(5, 1e-2)
+    assert {n for n, p in trainer.parameters.items() if torch.equal(p, state[n])} == {"embedding.weight"}
+    assert "master.embedding.weight" not in trainer.state.tensors and "master.head.weight" in trainer.state.tensors
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------------------
