@@ -639,7 +639,8 @@ class Embedding(nn.Embedding):
     """A token's vector; a rank holds some rows of the vocabulary, and the sum over ranks has every token's."""
 
     def __init__(self, c, tp):
-        super().__init__(len(tp.part(c.vocab_size)), c.n_embd)
+        rows = len(tp.part(c.vocab_size))
+        super().__init__(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))               # torch would fill it: normal_ of a meta tensor imports the compiler, 1.5 s
         self.tp, self.first = tp, tp.part(c.vocab_size).start
 
     def forward(self, ids):
@@ -659,7 +660,7 @@ class Transformer(nn.Module):
             raise UserError(f"tensor parallelism over {tp.size} ranks needs as many key-value heads; the model has {c.n_kv_head}")
         self.config, self.compute, self.attention_path, self.tp = c, compute, attention_path, tp
         self.embedding = Embedding(c, tp)
-        self.position = nn.Embedding(c.context, c.n_embd) if c.position == "learned" else None
+        self.position = nn.Embedding(c.context, c.n_embd, _weight=torch.empty(c.context, c.n_embd)) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c, tp) for _ in range(c.n_layer))
         self.norm = Norm(c)
         self.packed_head = None
