@@ -639,7 +639,8 @@ class Embedding(nn.Embedding):
     """A token's vector; a rank holds some rows of the vocabulary, and the sum over ranks has every token's."""
 
     def __init__(self, c, tp):
-        super().__init__(len(tp.part(c.vocab_size)), c.n_embd)
+        rows = len(tp.part(c.vocab_size))
+        super().__init__(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))               # torch would fill it: normal_ of a meta tensor imports the compiler, 1.5 s
         self.tp, self.first = tp, tp.part(c.vocab_size).start
 
     def forward(self, ids):
@@ -659,7 +660,7 @@ class Transformer(nn.Module):
             raise UserError(f"tensor parallelism over {tp.size} ranks needs as many key-value heads; the model has {c.n_kv_head}")
         self.config, self.compute, self.attention_path, self.tp = c, compute, attention_path, tp
         self.embedding = Embedding(c, tp)
-        self.position = nn.Embedding(c.context, c.n_embd) if c.position == "learned" else None
+        self.position = nn.Embedding(c.context, c.n_embd, _weight=torch.empty(c.context, c.n_embd)) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c, tp) for _ in range(c.n_layer))
         self.norm = Norm(c)
         self.packed_head = None
@@ -775,25 +776,26 @@ class _CrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         for at in range(0, len(h), chunk):
             piece = slice(at, at + chunk)
-            z, scale = (h[piece] @ matrix.T).float(), w[piece, None]                        # (chunk, V)
+            z, scale = log_softmax((h[piece] @ matrix.T).float(), tp), w[piece, None]       # (chunk, V); it becomes dz in place
             target = targets[piece, None] - first
             mine = ((target >= 0) & (target < len(matrix))).float()                         # is the target among this rank's rows?
             target = target.clamp(0, len(matrix) - 1)
-            log_p = log_softmax(z, tp)
-            loss -= (scale * mine * log_p.gather(1, target)).sum()
-            dz = log_p.exp_().scatter_add_(1, target, -mine)
+            loss -= (scale * mine * z.gather(1, target)).sum()
             if base:
                 states, base_weight, vocabulary = base
                 known = max(0, min(vocabulary - first, len(matrix)))                        # this rank's rows that the base has
                 log_m, log_b = log_softmax(z[:, :known], tp), log_softmax((states[piece] @ base_weight[:known].T).float(), tp)
                 kl += (scale * log_b.exp() * (log_b - log_m)).sum()
-                dz[:, :known] += beta * (log_m.exp_() - log_b.exp_())
+            z.exp_().scatter_add_(1, target, -mine)
+            if base:
+                z[:, :known] += beta * (log_m.exp_() - log_b.exp_())
             if need_h or need_w:
-                dz = dz.to(h.dtype)
+                z = z.to(h.dtype)
             if need_h:
-                torch.mul(dz @ matrix, scale, out=dh[piece])
+                torch.mul(z @ matrix, scale, out=dh[piece])
             if need_w:
-                dw += dz.T @ (h[piece] * scale).to(h.dtype)
+                dw += z.T @ (h[piece] * scale).to(h.dtype)
+            del z                                                                           # before the next chunk's
         if tp.size > 1:
             dist.all_reduce(loss, group=tp.group)
             dist.all_reduce(kl, group=tp.group)
@@ -807,6 +809,9 @@ class _CrossEntropy(torch.autograd.Function):
         return *(x if x is None else x.mul_(g) for x in ctx.saved_tensors), *[None] * 7
 
 
+LOGITS = 1 << 26                    # that are in memory at once on a GPU; a CPU gains nothing by more than a quarter
+
+
 def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=0, base=None, beta=0.0):
     """Σ w · cross-entropy of softmax(h weightᵀ) against targets; h (N, C), weight (V, C), targets and w (N,).
 
@@ -814,7 +819,7 @@ def cross_entropy(h, weight, targets, w, chunk=4096, tp=TensorParallel(), first=
     base: (states (N, C), output weight (V, C) or this rank's rows, vocabulary) of a model to stay close to; then (loss + β · KL, KL)
     with KL = Σ w · KL(base‖model).
     """
-    loss, kl = _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, (1 << (26 if h.is_cuda else 24)) // weight.shape[0])), tp, first, base, beta)
+    loss, kl = _CrossEntropy.apply(h, weight, targets, w, max(1, min(chunk, LOGITS // (1 if h.is_cuda else 4) // weight.shape[0])), tp, first, base, beta)
     return (loss, kl) if base else loss
 
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, print_table, read_json, real, run,
                   same_settings, tokenizer_files, write_json)
-from model import (PRESETS, Safetensors, TensorParallel, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, held, is_meta, load_weights, local, n_parameters,
+from model import (LOGITS, PRESETS, Safetensors, TensorParallel, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, held, is_meta, load_weights, local, n_parameters,
                    open_weights, pick_attention, pick_device, pick_dtype, published_names, read_config, region, save_checkpoint, whole, whole_shapes, write_safetensors)
 
 
@@ -288,7 +288,7 @@ def plan(args, config, world, compute, path, loss_share=1.0):
     ends, block = activation_bytes(config, tp, rows, args.block, compute, path, shards > 1)
     vocabulary, n_loss = -(-config.vocab_size // tp), round(rows * args.block * loss_share)
     loss = n_loss * (config.n_embd * size + 16) + 4 * vocabulary * config.n_embd                               # gradients of the states and of the output projection
-    chunk = min(4096, n_loss, (1 << 26) // vocabulary) * vocabulary * (12 + 2 * size)                          # one chunk's logits
+    chunk = min(4096, n_loss, LOGITS // vocabulary) * vocabulary * (8 + size)                                  # one chunk's logits, their softmax, its gradient
     root = [n for n in shapes if not n.startswith("blocks.")]
     root, one = numel(tp - 1, 1, root), numel(tp - 1, 1, [n for n in shapes if n.startswith("blocks.0.")])
     out = {"weights": 4 * mine, "gradients": 4 * moved, "optimizer": 8 * moved, "frozen base": size * mine if args.kl else 0,

@@ -48,9 +48,9 @@ def run(folder, dp, tp, kl, states, saved):
     ranks = T.start_ranks(args, torch.device("cpu"))
     trainer = T.Trainer(args, config, base, ranks, torch.device("cpu"), torch.float32, "sdpa")
     start = trainer.state.restore(states)[0] if states else 0
-    held = sum(M.local(p).numel() * 4 for p in trainer.optimizer.params), sum(M.local(t).numel() * 4 for t in trainer.optimizer.m + trainer.optimizer.v)
+    held = sum(M.local(p).numel() * 4 for p in trainer.optimizer.params), sum(M.local(t).numel() * 4 for t in trainer.optimizer.m + trainer.optimizer.v), sum(M.local(p).numel() * 4 for p in trainer.frozen.parameters()) if kl else 0
     planned = T.plan(args, config, ranks.world, torch.float32, "sdpa")
-    out = {"losses": [], "norms": [], "bytes": [list(map(max, zip(*ranks.gather(held)))), [planned["weights"], planned["optimizer"]], planned["gradients"]]}
+    out = {"losses": [], "norms": [], "bytes": [list(map(max, zip(*ranks.gather(held)))), [planned["weights"], planned["optimizer"], planned["frozen base"]], planned["gradients"]]}
     for step in range(start, STEPS):
         batches, _ = T.share(args, Rows(config.vocab_size), step, ranks.dp, ranks.dp_size)
         loss, divergence, _ = trainer.gradients(batches)

@@ -74,8 +74,9 @@ def test_a_layout_continues_what_another_saved(runs, model, layout):
 
 
 @pytest.mark.parametrize("model, layout", cases())
-def test_the_plan_has_the_bytes_of_the_fullest_rank_exactly(runs, model, layout):
-    held, planned, gradients = compared(runs, model, layout, 0.0)[1]["bytes"]
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_plan_has_the_bytes_of_the_fullest_rank_exactly(runs, model, layout, kl):
+    held, planned, gradients = compared(runs, model, layout, kl)[1]["bytes"]
     assert held == planned and gradients == held[0]
 
 

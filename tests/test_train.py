@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,7 @@ def test_the_order_of_blocks_is_a_permutation_and_subsets_are_nested(world):
     rows = [r for step in range(-(-blocks.n // 8)) for r in blocks.rows_of_step(1, step, 8)]
     assert sorted(rows) == list(range(blocks.n)) and rows != sorted(rows)
     assert blocks.n == 62 and T.Blocks(world / "chat", 64, 8000).n == 125
+    assert (blocks.read([0, 1])[0].ravel() == blocks.packed.tokens[:128]).all()                # the stream's beginning, as it lies
     assert (blocks.read([61])[0] == T.Blocks(world / "chat", 64, 8000).read([61])[0]).all()
 
 
@@ -199,6 +201,32 @@ def test_one_conversation_a_row(world):
     assert blocks.count(np.array([0, 1, 2])) == (np.minimum(lengths, 32).sum(), 0)               # padding is not counted
 
 
+def written_out(world, blocks, beta=0.0):
+    """A run as the paper has it: whole logits, whole batches, plain autograd; the log's numbers, and the model behind them."""
+    config = M.read_config(world / "base")[0]
+    model, base = (M.empty_model(replace(config, vocab_size=1538), "cpu", torch.float32, torch.float32) for _ in range(2))
+    for m in (model, base):
+        M.load_weights(m, M.open_weights(world / "base"), config, "base")
+    optimizer, log = T.Optimizer("scaled", [[p] for p in model.parameters()], 1e-4, 1.0), []
+    for step in range(-(-(blocks.n + blocks.n_replay) // 8)):
+        ids, targets, mask = (torch.from_numpy(x.astype(np.int64)) for x in blocks.read(blocks.rows_of_step(0, step, 8)))
+        mean = lambda x: sum(l[m == 1].mean() for l, m in zip(x, mask) if m.any()) / len(mask)
+        z, b = model.logits(ids), base.logits(ids)[..., :1536].detach().log_softmax(-1)           # over the vocabulary that the base has learned
+        kl = mean((b.exp() * (b - z[..., :1536].log_softmax(-1))).sum(-1))
+        loss = mean(torch.nn.functional.cross_entropy(z.transpose(1, 2), targets, reduction="none")) + beta * kl
+        loss.backward()
+        log.append((loss.item(), kl.item(), optimizer.step(step, 2e-3 * min(1, step / 3))))
+    return log, model
+
+
+def assert_is_the_run(folder, log, model):
+    found = [e for e in lines_of(folder / "log.jsonl") if "loss" in e]
+    assert np.allclose([(e["loss"], e["grad_norm"]) for e in found], [(loss, norm) for loss, _, norm in log], rtol=1e-4)
+    assert "kl" not in found[0] or np.allclose([e["kl"] for e in found], [kl for _, kl, _ in log], rtol=1e-3, atol=1e-7)
+    for n, p in M.load(folder).named_parameters():
+        assert (p - dict(model.named_parameters())[n]).abs().max() <= 2e-5, n
+
+
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "reference"
@@ -213,6 +241,10 @@ def test_a_run_leaves_a_checkpoint_a_log_and_a_record(world, reference):
     assert record["loss_tokens"] == int(packed.loss_mask[1:62 * 64 + 1].sum())
     model = M.load(reference)
     assert model.config.vocab_size == 1538 and data.read_json(reference / "config.json")["template"] == "tokens"
+
+
+def test_a_run_is_the_recipe_written_out(world, reference):
+    assert_is_the_run(reference, *written_out(world, T.Blocks(world / "chat", 64, 4000)))
 
 
 def test_training_lowers_the_loss(world):
@@ -234,13 +266,15 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(world, referenc
 def test_micro_batches_make_the_same_run(world, reference, tmp_path):
     program(*finetune(world, tmp_path / "r", "--micro-batch", "3"))
     assert_close(reference, tmp_path / "r", 2e-5)
+    assert np.allclose(*([e["grad_norm"] for e in lines_of(f / "log.jsonl")] for f in (reference, tmp_path / "r")), rtol=1e-4)      # the weights alone are blind to a constant factor
 
 
 def test_two_ddp_processes_make_the_same_run(world, reference, tmp_path):
-    torchrun(2, *finetune(world, tmp_path / "r", "--micro-batch", "2"))
+    torchrun(2, *finetune(world, tmp_path / "r", "--micro-batch", "2", "--eval-data", world / "chat"))
     assert_close(reference, tmp_path / "r", 2e-5)
-    losses = [[e["loss"] for e in lines_of(f / "log.jsonl")] for f in (reference, tmp_path / "r")]
-    assert np.allclose(*losses, atol=1e-5)
+    log = lines_of(tmp_path / "r/log.jsonl")
+    assert np.allclose(*([(e["loss"], e["grad_norm"]) for e in entries if "loss" in e] for entries in (lines_of(reference / "log.jsonl"), log)), rtol=1e-4)
+    assert log[-1]["eval_loss"] == pytest.approx(held_out_loss(world, tmp_path / "r"), abs=1e-4)
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
@@ -325,6 +359,7 @@ def test_replay_and_kl_make_a_run_of_their_own(world, tmp_path):
     log, record = lines_of(tmp_path / "r/log.jsonl"), data.read_json(tmp_path / "r/train.json")
     assert record["tokens"] == 62 * 64 and record["replay_tokens"] == 16 * 64 and len(log) == 10
     assert log[0]["kl"] < 1e-6 < log[-1]["kl"]
+    assert_is_the_run(tmp_path / "r", *written_out(world, T.Blocks(world / "chat", 64, 4000, replay=T.Blocks(world / "pretraining", 64), fraction=0.2), 0.5))
     assert "belong together" in program(*finetune(world, tmp_path / "s", "--replay", "0.2"), status=2).stderr
 
 
@@ -336,15 +371,19 @@ def test_a_strong_kl_keeps_the_model_at_its_base(world, reference, tmp_path):
     assert divergence < 0.05 and moved[1] != moved[0]
 
 
-def test_held_out_loss_is_the_models_own(world, tmp_path):
-    program(*finetune(world, tmp_path / "r", "--eval-data", world / "chat", "--eval-every", "4", "--micro-batch", "3"))
-    found = {e["step"]: e["eval_loss"] for e in lines_of(tmp_path / "r/log.jsonl") if "eval_loss" in e}
-    assert sorted(found) == [0, 4, 8] and found[8] < found[0]
-    blocks, model = T.Blocks(world / "chat", 64), M.load(tmp_path / "r")
+def held_out_loss(world, folder):
+    blocks, model = T.Blocks(world / "chat", 64), M.load(folder)
     ids, targets, mask = (torch.from_numpy(x.astype(np.int64)) for x in blocks.read(range(blocks.n)))
     with torch.no_grad():
-        total = sum(model(ids[i:i + 50], targets[i:i + 50], mask[i:i + 50].float()) for i in range(0, blocks.n, 50))
-    assert found[8] == pytest.approx(total.item() / mask.sum().item(), abs=1e-4)
+        return sum(model(ids[i:i + 50], targets[i:i + 50], mask[i:i + 50].float()) for i in range(0, blocks.n, 50)).item() / mask.sum().item()
+
+
+def test_held_out_loss_is_the_models_own_and_moves_nothing(world, reference, tmp_path):
+    program(*finetune(world, tmp_path / "r", "--eval-data", world / "chat", "--eval-every", "4"))
+    found = {e["step"]: e["eval_loss"] for e in lines_of(tmp_path / "r/log.jsonl") if "eval_loss" in e}
+    assert sorted(found) == [0, 4, 8] and found[8] < found[0]
+    assert found[8] == pytest.approx(held_out_loss(world, tmp_path / "r"), abs=1e-4)
+    assert (tmp_path / "r/model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 def test_batch_tokens_hold_the_paper_s_step_and_warm_up_takes_a_share(world, tmp_path):
@@ -378,6 +417,28 @@ def test_a_step_without_a_finite_loss_is_skipped_and_named(world, tmp_path):
     assert len(skipped) == 11 and skipped[0].startswith("step 0: loss nan") and "more than 10 steps in a row" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_one_bad_step_changes_no_weight_and_no_moment_and_the_run_goes_on(world, tmp_path, monkeypatch, capsys):
+    gradients, states = T.Trainer.gradients, []
+
+    def spoiled(self, *args):
+        found = gradients(self, *args)
+        states.append([t.detach().clone() for t in self.state.tensors.values()])
+        if len(states) == 3:
+            self.optimizer.params[0].grad[0, 0] = math.inf
+        return found
+    monkeypatch.setattr(T.Trainer, "gradients", spoiled)
+    monkeypatch.setattr(sys, "argv", list(map(str, finetune(world, tmp_path / "r"))))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        T.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    moved = [any((a != b).any() for a, b in zip(*pair)) for pair in zip(states, states[1:])]
+    assert moved == [True, True, False, True, True, True, True]
+    assert [math.isfinite(e["grad_norm"]) for e in lines_of(tmp_path / "r/log.jsonl")] == [True, True, False, True, True, True, True, True]
+    assert "gradient norm inf; step skipped (blocks " in capsys.readouterr().err
+
+
 def test_a_run_too_large_for_the_device_stops_before_loading_and_says_what_fits(world, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 80, "num_attention_heads": 64, "hidden_size": 8192, "intermediate_size": 22016, "max_position_embeddings": 2048}))
     line = one_line(program("train.py", "--init", tmp_path / "c.json", "--data", world / "pretraining", "--out", tmp_path / "r", "--block", "2048", status=2))
@@ -385,9 +446,11 @@ def test_a_run_too_large_for_the_device_stops_before_loading_and_says_what_fits(
 
 
 def test_the_plan_needs_neither_weights_nor_a_gpu(tmp_path):
-    done = program("train.py", "--model", "llama13b", "--dp", "fsdp", "--tp", "2", "--world", "8", "--plan", "--data", tmp_path, "--weights", tmp_path)
+    done = program("train.py", "--model", "llama13b", "--dp", "fsdp", "--tp", "2", "--world", "8", "--kl", "0.1", "--plan", "--data", tmp_path, "--weights", tmp_path)
     rows = {line.rsplit(None, 1)[0].strip(): line.split()[-1] for line in done.stdout.splitlines()}
     assert "13,015,884,800 parameters" in done.stdout and (rows["weights"], rows["optimizer"]) == ("6.51", "13.02") and "fits in 74 GB" in done.stdout
+    parts = ("weights", "gradients", "optimizer", "frozen base", "gathered", "activations", "working")
+    assert float(rows["peak"]) == pytest.approx(sum(float(rows[part]) for part in parts), abs=0.05)
     assert "DOES NOT FIT" in program("train.py", "--model", "llama7b", "--plan", "--data", tmp_path, "--weights", tmp_path).stdout
 
 
