@@ -262,15 +262,14 @@ def from_all(value):
 
 def left_over(folder, settings):
     """{index: line} of a run that was killed, whichever ranks wrote them; all then stand in samples.jsonl."""
-    if not same_settings(folder / "unfinished.json", "settings", settings):
-        for path in folder.glob("samples*.jsonl"):
+    lines = [path for path in folder.glob("samples*.jsonl") if path.stat().st_size]
+    if not lines or not same_settings(folder / "unfinished.json", "settings", settings):     # a run that ended before its first line binds to nothing
+        for path in lines:
             path.unlink()
         write_json(folder / "unfinished.json", {"settings": settings})
     done = {}
     for path in sorted(folder.glob("samples*.jsonl")):
-        file = GrowingFile(path)
-        file.close()
-        done |= {r["index"]: r for r in file.records if not r.get("failed")}
+        GrowingFile(path, lambda r, at: r.get("failed") or done.update({int(r["index"]): r})).close()
     write_jsonl(folder / "samples.jsonl", done.values())
     for path in folder.glob("samples.*.jsonl"):
         path.unlink()
@@ -466,9 +465,10 @@ def humaneval_prompt(problem, chat):
 def program_of(problem, text, chat):
     """The program to be judged: behind the prompt, a completion up to the first stop sequence, or what a chat reply means.
 
-    Of a reply the first block that defines the function counts (fenced, or else lines that look like code), else the first fenced
-    block, else all. A whole function replaces that of the prompt, whose imports and helpers it may need; a mere body continues it,
-    its indentation restored: chat models drop that of the first line, or of all lines.
+    Of a reply the first block that defines the function counts (fenced, or else lines that look like code; one with no more than
+    its docstring, the task quoted, only where no other does), else the first fenced block, else all. A whole function replaces that
+    of the prompt, whose imports and helpers it may need; a mere body continues it, its indentation restored: chat models drop that
+    of the first line, or of all lines.
     """
     if not chat:
         return problem["prompt"] + cut(text, CODE_STOPS)
@@ -476,7 +476,11 @@ def program_of(problem, text, chat):
     fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
     blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
     whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
-    for block in filter(whole.search, blocks):
+
+    def quotes(block):
+        head, *rest = re.split(r'"""|\'\'\'', block[whole.search(block).end():], maxsplit=2)
+        return len(rest) == 2 and head.rstrip().endswith(":") and not re.sub(r"#.*|\bpass\b|\.\.\.|\s", "", rest[1])
+    for block in sorted(filter(whole.search, blocks), key=quotes):
         return problem["prompt"] + "\n\n" + textwrap.dedent(block)
     first, *rest = (fenced[0] if fenced else text).strip("\n").split("\n")
     if first[:1].strip():                                                   # not indented: have all lines lost it, or the first alone?
