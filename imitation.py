@@ -7,7 +7,7 @@
 
 In this file:
     the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice; a scorer of texts besides
-    synthesis         NQ-synthetic (§3.1, appendix A), TLDR-synthetic
+    synthesis         NQ-synthetic (§3, Table 3), TLDR-synthetic (§3 of the ICLR version)
     collection        replies to given prompts
     the study         a list of commands and a runner
 """
@@ -27,6 +27,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
                   read_questions, real, run, visible, write_json, write_jsonl)
@@ -59,7 +61,7 @@ def request_key(model, teacher_id, omit, request):
 
 
 class Teacher:
-    """A client of one OpenAI-compatible /chat/completions endpoint, with a journal.
+    """A client of one OpenAI-compatible /chat/completions endpoint, with a journal; the paper's teacher is ChatGPT.
 
     `ask` yields a record per request, in the order of the requests, whatever the order of arrival. A record is in the
     journal, on disk, before it is yielded; a request whose reply stands there is not sent again.
@@ -154,7 +156,6 @@ class Teacher:
 
         `ahead` x concurrency requests are taken before the first of them is yielded, so that a slow one holds up no other.
         """
-        from tqdm import tqdm
         waiting, under_way = collections.deque(), {}
         source = iter(requests_)
         pool = ThreadPoolExecutor(self.concurrency)
@@ -400,6 +401,7 @@ def add_endpoint_flags(parser, required=True):
 
 
 def teacher_of(args, journal):
+    """The Teacher of add_endpoint_flags' flags."""
     if not args.timeout:
         raise UserError("--timeout must be more than 0 seconds")
     names = ("concurrency", "timeout", "retries", "rpm", "max_requests", "max_tokens_total", "max_tokens_field", "omit", "key_env", "teacher_id")
@@ -437,7 +439,7 @@ def dry_run(args, requests_):
     print(f"{args.out}: {len(sizes)} requests, {len(sizes) - len(todo)} of them answered in the journal; to ask: {len(todo)}, with about {sum(todo) // 4} tokens of prompts and {replies}")
 
 
-# --- synthesis (§3.1) -----------------------------------------------------------------------------------------------------------
+# --- synthesis (§3) -------------------------------------------------------------------------------------------------------------
 
 # The paper gives the request's content, not its words: five pairs at random, similar but different ones wanted, concise
 # answers, lowercased questions centred on Wikipedia-like entities, in the form Q: … / A: ….
@@ -468,10 +470,12 @@ def parse_pairs(text):
 
 
 def normalize_pair_question(text):
+    """What makes two questions the same (§3: duplicates are discarded; how they are told is not stated), and the form in which one is kept."""
     return " ".join(text.lower().strip().rstrip("?").split())
 
 
 def synthesize(args):
+    """`synthesize nq` or `synthesize tldr`."""
     work, needed = {"nq": (synthesize_nq, "seed_pairs"), "tldr": (synthesize_tldr, "posts")}[args.what]
     if not getattr(args, needed):
         raise UserError(f"synthesize {args.what}: needs --{needed.replace('_', '-')} FILE")
@@ -479,12 +483,12 @@ def synthesize(args):
 
 
 def synthesize_nq(args):
-    """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random.
+    """NQ-synthetic (§3): `n` single-turn examples; each request shows the teacher five of the seed pairs (the paper has ten) drawn at random.
 
     The query is the question in the form in which the evaluation asks it, "Q: …?\\nA:" (the paper has this form in the request and does
     not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
     """
-    args.n = 6000 if args.n is None else args.n            # §3.1
+    args.n = 6000 if args.n is None else args.n            # §3
     seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
