@@ -765,6 +765,7 @@ def humaneval(args):
 
 
 # --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
+# The paper names the rows and does not state how a list, a closing summary or a shared word was told; these detectors are ours.
 
 def has_list(text):
     """Two or more lines that begin with a bullet or a number, code blocks apart.
@@ -802,11 +803,12 @@ def has_summary(text):
 
 
 def words_of(text):
+    """Words in lower case, punctuation left out."""
     return re.findall(r"\w+", text.lower())
 
 
 def unigram_intersection(a, b):
-    """Shared distinct words of two texts in lower case: 2 |A ∩ B| / (|A| + |B|), the Dice coefficient. The paper does not define its measure."""
+    """Shared distinct words of two texts in lower case: 2 |A ∩ B| / (|A| + |B|), the Dice coefficient. Not stated in the paper: Table 2 names the measure only."""
     a, b = set(words_of(a)), set(words_of(b))
     return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0
 
@@ -819,6 +821,7 @@ def lexical_diversity(text, window=50):
 
 
 def pearson(x, y):
+    """Pearson's correlation; 0 where it is not defined."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 0 and y.std() > 0 else 0.0
 
@@ -891,6 +894,7 @@ def card_of(path, replies):
 
 
 def result_folder(args, path):
+    """Where the result of a replies file goes."""
     return Path(args.out) / Path(path).name.removesuffix(".jsonl")
 
 
@@ -909,31 +913,50 @@ def compared(args, paths, settings):
             yield folder, own, pairs, card_of(path, replies)
 
 
+def style_sample(i, a, b):
+    """Table 2's measures of an answer beside the reference's, a line of samples.jsonl: [of a, of b] where each text has its own."""
+    return {"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
+            "words": [len(words_of(a)), len(words_of(b))], "lexical_diversity": [None if math.isnan(d) else d for d in map(lexical_diversity, (a, b))]}
+
+
+def style_scores(samples, resamples, seed):
+    """{measure: {"score", "stderr", "n"}} over samples; the standard errors are those of the bootstrap, since a correlation has none of its own."""
+    pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"], s["lexical_diversity"][0], s.get("authoritative_tone")] for s in samples], float)      # None is NaN
+    rng = np.random.default_rng(seed)
+    draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(resamples)]
+    counted = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
+    scores = {}
+    for name, value in style_metrics(pairs).items():
+        n = int(counted.get(name, len(pairs)))
+        scores[name] = {"score": None if np.isnan(value) else float(value), "stderr": float(np.nanstd([d[name] for d in draws], ddof=1)) if n > 1 else None, "n": n}
+    return scores
+
+
 def style(args):
+    """Table 2 for each of the replies files beside --b; the tone where there is an --endpoint to judge it."""
     if args.bootstrap < 2:
         raise UserError("--bootstrap must be at least 2")
     if args.endpoint and not args.endpoint_model:
         raise UserError("--endpoint needs --endpoint-model NAME")
     paths = [*args.a, *[args.upper] * bool(args.upper)]
-    for folder, settings, shared, card in compared(args, paths, {"bootstrap": args.bootstrap, "seed": args.seed, **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}):
-        tones = [(math.nan, "")] * len(shared)
+    for folder, settings, pairs, card in compared(args, paths, {"bootstrap": args.bootstrap, "seed": args.seed, **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}):
+        samples = [style_sample(i, a, b) for i, (_, a, _), (_, b, _) in pairs]
         if args.endpoint:
-            tones = asked_twice(args, Path(args.out) / "tone.jsonl", [{"messages": [{"role": "user", "content": TONE_REQUEST.format(mark=digest(a), answer=a)}], "temperature": 0, "max_tokens": 16, "seed": 0, "index": 0}
-                                                                     for _, (_, a, _), _ in shared], parse_yes)
-        samples = [{"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
-                    "words": [len(words_of(a)), len(words_of(b))], "lexical_diversity": [None if math.isnan(d) else d for d in map(lexical_diversity, (a, b))],
-                    **({"authoritative_tone": tone, "tone_said": said, "unparsed": tone is None} if args.endpoint else {})}
-                   for (i, (_, a, _), (_, b, _)), (tone, said) in zip(shared, tones)]
-        pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"], s["lexical_diversity"][0], s.get("authoritative_tone")] for s in samples], float)      # None is NaN
-        rng = np.random.default_rng(args.seed)
-        draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
-        n = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
-        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": float(np.nanstd([d[k] for d in draws], ddof=1)) if n.get(k, len(pairs)) > 1 else None, "n": int(n.get(k, len(pairs)))}
-                   for k, v in style_metrics(pairs).items() if k != "authoritative_tone" or args.endpoint}
+            requests_ = [{"messages": [{"role": "user", "content": TONE_REQUEST.format(mark=digest(a), answer=a)}], "temperature": 0, "max_tokens": 16, "seed": 0, "index": 0} for _, (_, a, _), _ in pairs]
+            for s, (tone, said) in zip(samples, asked_twice(args, Path(args.out) / "tone.jsonl", requests_, parse_yes)):
+                s |= {"authoritative_tone": tone, "tone_said": said, "unparsed": tone is None}
+        metrics = style_scores(samples, args.bootstrap, args.seed)
+        if not args.endpoint:
+            del metrics["authoritative_tone"]
         unparsed = sum(s.get("unparsed", False) for s in samples)
         if unparsed:
             print(f"{folder.name}: {unparsed} of {len(samples)} answers about the tone could not be read, twice", file=sys.stderr)
         write_results(folder, "style", card, metrics, settings, samples, counts={"unparsed": unparsed})
+    style_report(args, paths)
+
+
+def style_report(args, paths):
+    """report.md, a column for each of the replies files, and the figure."""
     columns = {result_folder(args, path).name + " (upper bound)" * (path == args.upper): result_folder(args, path) for path in paths}
     metrics = {name: read_json(folder / "results.json")["metrics"] for name, folder in columns.items()}
     rows = [["", *columns], *([k.replace("_", " "), *(cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation")) for m in metrics.values())]
@@ -965,9 +988,9 @@ def style_figure(samples, reference, path):
     save_figure(plt, fig, path)
 
 
-# --- judge (§3.2) ---------------------------------------------------------------------------------------------------------------------
+# --- judge (§4) -----------------------------------------------------------------------------------------------------------------------
 
-# Vicuna's procedure: both answers are scored from 1 to 10, the scores stand on the first line. The mark is a hash of what it encloses: no
+# §4: GPT-4 by Vicuna's procedure: both answers are scored from 1 to 10, the scores stand on the first line. The mark is a hash of what it encloses: no
 # answer can write it.
 JUDGE_REQUEST = """Two assistants answered the same query. Compare their answers as an impartial judge: how helpful, how relevant, how accurate and how detailed is each? Their order means nothing, and length is no merit in itself.
 
@@ -986,6 +1009,7 @@ SCORE = r"(?:(?:scores?|(?:the )?(?:(?:first|second) )?(?:answer|assistant)(?: ?
 
 
 def judge_request(turns, first, second):
+    """The request's text for a pair of answers as they are shown; turns: [(role, text)] before them."""
     query = turns[-1][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
     return JUDGE_REQUEST.format(mark="=== " + digest(turns, first, second)[:12], query=query, first=first, second=second)
 
@@ -998,7 +1022,7 @@ def parse_scores(text):
 
 
 def length_controlled(good, longer):
-    """{"score", "stderr", "n"}: the share at least as good, were the answers as long as the reference's.
+    """{"score", "stderr", "n"}: the share at least as good, were the answers as long as the reference's (ours: judges prefer length).
 
     Logistic regression by hand: log p/(1 − p) = β₀ + β₁ d with p the probability of `good` and d = `longer`, the words of the answer less
     those of the reference, over their standard deviation. The score is p at d = 0, 1/(1 + exp −β₀); its standard error p(1 − p) times β₀'s,
@@ -1024,9 +1048,31 @@ def length_controlled(good, longer):
     return {"score": None, "stderr": None, "n": len(y)}
 
 
+def verdict_of(judgements):
+    """Fields of a pair's line from its [(order, scores of the first and of the second answer shown)]; a pair on which the orders disagree is a tie."""
+    signs = [int(np.sign(first - second)) for _, (first, second) in judgements]             # 1: the first answer shown is the better one
+    verdicts = [sign if order == "ab" else -sign for sign, (order, _) in zip(signs, judgements)]
+    verdict = verdicts[0] if len(set(verdicts)) == 1 else 0
+    score, reference_score = np.mean([scores if order == "ab" else scores[::-1] for order, scores in judgements], 0)
+    return {"verdict": ("worse", "equal", "better")[verdict + 1], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
+            "score": float(score), "reference_score": float(reference_score)}
+
+
+def judge_metrics(judged, both):
+    """Scores over the lines of pairs with a verdict; at_least_as_good is the paper's figure. `both`: each pair was shown in both orders."""
+    longer, good = [line["words"][0] - line["words"][1] for line in judged], [line["at_least_as_good"] for line in judged]
+    value = [("worse", "equal", "better").index(line["verdict"]) for line in judged]
+    metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)} | {v: proportion([line["verdict"] == v for line in judged]) for v in ("better", "equal", "worse")}
+    metrics |= {k: proportion([line[k] for line in judged]) for k in ("disagreement", "first_minus_second", "score", "reference_score") if k != "disagreement" or both}
+    r = pearson(value, longer) if len(set(value)) > 1 and len(set(longer)) > 1 else None            # of better, equal, worse with the difference in words
+    return metrics | {"length_correlation": {"score": r, "stderr": None if r is None else (1 - r * r) / math.sqrt(len(value) - 1), "n": len(value)}}
+
+
 def judge_replies(args):
-    """§3.2: a model scores each answer beside the reference's. With both orders a pair on which they disagree is a tie; a pair with a verdict
-    that could not be read, asked for twice, has none and is counted apart."""
+    """§4: a model scores each answer beside the reference's. Ours: both orders, since 12.9% of such verdicts flip on a swap.
+
+    A pair with a verdict that could not be read, asked for twice, has none and is counted apart.
+    """
     for folder, settings, pairs, card in compared(args, args.a, {"orders": args.orders, "temperature": args.temperature, "max_new": args.max_new, "seed": args.seed, "request": digest(JUDGE_REQUEST),
                                                                  "judge": args.endpoint_model, "judge_id": args.teacher_id}):
         jobs = [(n, order) for n, (i, _, _) in enumerate(pairs) for order in (("ab", "ba") if args.orders == "both" else (("ab", "ba")[int(digest(args.seed, i), 16) % 2],))]
@@ -1040,22 +1086,10 @@ def judge_replies(args):
             mine = [(order, *answer) for (m, order), answer in zip(jobs, said) if m == n]
             lines.append({"id": i, **({"category": record["category"]} if record.get("category") else {}), "words": [len(words_of(a)), len(words_of(b))],
                           "judgements": [{"order": order, "scores": scores, "said": text} for order, scores, text in mine]})
-            if any(scores is None for _, scores, _ in mine):
-                lines[-1]["unparsed"] = True
-                continue
-            signs = [int(np.sign(scores[0] - scores[1])) for _, scores, _ in mine]                  # 1: the first answer shown is the better one
-            verdicts = [sign if order == "ab" else -sign for sign, (order, *_) in zip(signs, mine)]
-            verdict = verdicts[0] if len(set(verdicts)) == 1 else 0
-            scores = np.mean([s if order == "ab" else s[::-1] for order, s, _ in mine], 0)
-            lines[-1] |= {"verdict": ("worse", "equal", "better")[verdict + 1], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
-                          "score": float(scores[0]), "reference_score": float(scores[1])}
+            unread = any(scores is None for _, scores, _ in mine)
+            lines[-1] |= {"unparsed": True} if unread else verdict_of([(order, scores) for order, scores, _ in mine])
         judged = [line for line in lines if "verdict" in line]
-        longer, good = [line["words"][0] - line["words"][1] for line in judged], [line["at_least_as_good"] for line in judged]
-        value = [("worse", "equal", "better").index(line["verdict"]) for line in judged]
-        r = pearson(value, longer) if len(set(value)) > 1 and len(set(longer)) > 1 else None
-        metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)} | {v: proportion([line["verdict"] == v for line in judged]) for v in ("better", "equal", "worse")}
-        metrics |= {k: proportion([line[k] for line in judged]) for k in ("disagreement", "first_minus_second", "score", "reference_score") if k != "disagreement" or args.orders == "both"}
-        metrics["length_correlation"] = {"score": r, "stderr": None if r is None else (1 - r * r) / math.sqrt(len(value) - 1), "n": len(value)}     # of better, equal, worse with the difference in words
+        metrics = judge_metrics(judged, args.orders == "both")
         counts = {"unparsed": len(lines) - len(judged), "unparsed_verdicts": sum(scores is None for scores, _ in said), "verdicts": len(said)}
         if counts["unparsed"]:
             print(f"{folder.name}: {counts['unparsed_verdicts']} of {len(said)} verdicts could not be read, twice; {counts['unparsed']} of {len(lines)} pairs have none and are left out", file=sys.stderr)
@@ -1063,8 +1097,9 @@ def judge_replies(args):
         show(folder.name, metrics)
 
 
-# --- toxicity -------------------------------------------------------------------------------------------------------------------------
+# --- toxicity (§4) --------------------------------------------------------------------------------------------------------------------
 
+# A stand-in for trying the plumbing (--scorer words), no measurement.
 WORDS = re.compile(r"\b(?:idiot|fool|moron|liar|loser|scum|bastard|bitch|pig|rat|asshole|damn|crap|shit|fuck)(?:s|y|ed|ing|er)?\b|\b(?:stupid|dumb|ugly|pathetic|worthless|disgusting|shut up|i hate|nobody likes)\b", re.IGNORECASE)
 
 
@@ -1095,9 +1130,9 @@ def toxicity_scores(args, texts):
 
 
 def toxicity(args):
-    """§3.2: RealToxicityPrompts. The continuations alone are scored, without their prompts, as its authors do.
+    """§4: RealToxicityPrompts. The continuations alone are scored, without their prompts, as its authors do.
 
-    non_toxicity is 1 − the mean score of a prompt's continuations, averaged over prompts; expected_maximum_toxicity the mean of the highest
+    non_toxicity, the paper's figure, is 1 − the mean score of a prompt's continuations, averaged over prompts; expected_maximum_toxicity the mean of the highest
     among a prompt's n; toxic_at_least_once the share of prompts where that is 0.5 or more. Standard errors are over prompts. A continuation
     that the scorer refused, or without any text, has no score: it is counted as missing and is in none of the three.
     """
@@ -1124,7 +1159,9 @@ def toxicity(args):
     score_models(args, "toxicity", settings, examples, lambda example, output: {"output": output}, summarize, max_new=args.max_new, temperature=args.temperature, top_p=args.top_p)
 
 
-# --- crowd (§3.2, human evaluation) --------------------------------------------------------------------------------------------------
+# --- crowd (§4: human evaluation) ----------------------------------------------------------------------------------------------------
+# The paper: 255 prompts, blind pairs against ChatGPT in random order, A, B or equal by overall quality, three ratings an example by 71
+# raters, majority vote. Its page and its instructions are not stated; these are ours.
 
 CROWD_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which answer is better?</title>
@@ -1214,7 +1251,7 @@ CROWD_POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-ac
 CHOICES, VERDICTS = ("first", "equal", "second"), ("better", "equal", "worse")      # of the pair as shown; of --a against --b
 
 
-class Study:
+class CrowdStudy:
     """Who rates what: examples {id: {"turns", "a", "b"}} are dealt so that each gets `wanted` ratings from different raters, the fewest first.
 
     A pair on a rater's screen is kept for them for `lease` seconds; then others may get it, and a late choice still counts. A page sees of an
@@ -1308,6 +1345,7 @@ class CrowdHandler(http.server.BaseHTTPRequestHandler):
 
 
 class CrowdServer(http.server.ThreadingHTTPServer):
+    """A thread a connection; `study` is the CrowdStudy that it serves."""
     request_queue_size = 128
 
     def handle_error(self, request, address):
@@ -1316,6 +1354,7 @@ class CrowdServer(http.server.ThreadingHTTPServer):
 
 
 def crowd(args):
+    """Serve the page on loopback until Ctrl-C, or score the ratings that are there (`crowd report`)."""
     folder = Path(args.out)
     if args.what == "report":
         return crowd_report(folder)
@@ -1333,7 +1372,7 @@ def crowd(args):
             server = CrowdServer(("127.0.0.1", args.port), CrowdHandler)
         except (OSError, OverflowError) as e:
             raise UserError(f"--port {args.port}: {getattr(e, 'strerror', None) or e}")
-        server.study = Study(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
+        server.study = CrowdStudy(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
         if settings["unmatched"]:
             print(f"{settings['unmatched']} replies have no partner in the other file and are left out", file=sys.stderr)
         print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {len(file.records)} are in {file.path}; Ctrl-C ends, the same command continues", flush=True)
@@ -1356,7 +1395,7 @@ def read_ratings(folder, examples):
 
 
 def majority(votes):
-    """(verdict, split) of {verdict: votes}: the one with the most votes; where no single one has (1:1:1, and 1:1), "equal" and a split."""
+    """(verdict, split) of {verdict: votes}: the one with the most votes (§4); where no single one has (1:1:1, and 1:1), "equal" and a split (not stated)."""
     most = [v for v in VERDICTS if votes[v] == max(votes.values())]
     return (most[0], False) if len(most) == 1 else ("equal", True)
 
