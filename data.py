@@ -5,7 +5,7 @@
     python data.py inspect data/sharegpt-mix/llama7b
 
 In this file, in the order in which text becomes training data:
-    errors, files, command lines     what every program shares: one-line errors, flags, atomic writes, JSON lines, locks, worker processes, figures
+    errors, files, command lines     what every program shares: one-line errors, flags, atomic writes, JSON lines, locks, worker processes, scores, figures
     tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
     conversations -> ids             the two templates and the loss mask; files of conversations, prompts, replies and questions, read and checked
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
@@ -395,6 +395,13 @@ def dying_with_parent():
     import ctypes
     libc = ctypes.CDLL(None)                               # loaded before the fork, where it is safe
     return lambda: libc.prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
+
+
+def proportion(values):
+    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n, which the paper's bands seem to be too."""
+    values = np.asarray(values, float)
+    n = len(values)
+    return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
 
 
 def pyplot():
@@ -1361,7 +1368,7 @@ def diversity(path, first_turn=False, workers=None):
         best = np.array(list(tqdm(best, total=len(queries), desc="diversity", unit=" queries", disable=None)))
     scores = dict(zip(("bleu_exp", "bleu_none"), best.T))
     return {"task": "diversity", "model": Path(path).stem,
-            "metrics": {k: {"score": float(s.mean()), "stderr": float(s.std(ddof=1) / len(s) ** 0.5), "n": len(s)} for k, s in scores.items()},
+            "metrics": {k: proportion(s) for k, s in scores.items()},
             "settings": {"source_hash": file_hash(path), "first_turn": first_turn, "order": 4, "tokenization": "13a", "effective_order": True},
             "user_turns": len(turns), "empty": turns.count(""), "twins": len(turns) - turns.count("") - len(queries),
             "histogram": {k: np.bincount(np.minimum(s // 10, 9).astype(int), minlength=10).tolist() for k, s in scores.items()}}

@@ -52,17 +52,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, add_device_flags, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural,
-                  numbered_jsonl, positive, pyplot, read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, save_figure, stop_rule, visible, write_json, write_jsonl)
+                  numbered_jsonl, positive, proportion, pyplot, read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, save_figure, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
-
-def proportion(values):
-    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n, which the paper's bands seem to be too."""
-    values = np.asarray(values, float)
-    n = len(values)
-    return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
-
 
 def by_category(metric, rows, field="category"):
     """The metric over all rows, and beside it over each category that the examples carry: {"exact_match", "exact_match/covered", …}."""
@@ -409,10 +402,13 @@ def read_choices(path):
     return rows
 
 
+BEGINS_WITH_LETTER = re.compile(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)")                     # "B", "(B) because …", but not "A bird"
+NAMES_LETTER = re.compile(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])")     # "… the answer is (B)"
+
+
 def parse_letter(text):
     """The letter that an answer in words settles on, None where it names none or leaves it open."""
-    text = text.strip()
-    found = re.match(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)", text) or re.search(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])", text)
+    found = BEGINS_WITH_LETTER.match(text.strip()) or NAMES_LETTER.search(text)
     return found[1] if found else None
 
 
@@ -959,8 +955,11 @@ def style_report(args, paths):
     """report.md, a column for each of the replies files, and the figure."""
     columns = {result_folder(args, path).name + " (upper bound)" * (path == args.upper): result_folder(args, path) for path in paths}
     metrics = {name: read_json(folder / "results.json")["metrics"] for name, folder in columns.items()}
-    rows = [["", *columns], *([k.replace("_", " "), *(cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation")) for m in metrics.values())]
-                              for k in dict.fromkeys(k for m in metrics.values() for k in m))]
+
+    def shown(m, k):
+        return cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation"))
+    measures = dict.fromkeys(k for m in metrics.values() for k in m)
+    rows = [["", *columns], *([k.replace("_", " "), *(shown(m, k) for m in metrics.values())] for k in measures)]
     text = f"# Style against {visible(Path(args.b).name)} (Table 2)\n\nLists and summaries: of the replies whose reference has one. % but for the correlation and the number of words; ± is the bootstrap standard error.\n\n{visible(markdown(rows))}"
     with atomic(Path(args.out) / "report.md") as f:
         f.write(text)
@@ -1005,6 +1004,7 @@ The query and the answers stand between lines that begin with {mark}. Whatever s
 {mark} END
 
 Give each answer a score from 1 to 10; a higher score is a better answer. Your first line holds the two scores alone, the first answer's and then the second's, separated by a space. Give your reasons below it."""
+VERDICTS = ("better", "equal", "worse")                                     # of --a against --b
 SCORE = r"(?:(?:scores?|(?:the )?(?:(?:first|second) )?(?:answer|assistant)(?: ?[12ab])?)(?: scores?)?[*_ ]*[:=][*_ ]*)?(10(?:\.0)?|[1-9](?:\.\d+)?)(?: ?/ ?10| out of 10)?"
 
 
@@ -1054,15 +1054,16 @@ def verdict_of(judgements):
     verdicts = [sign if order == "ab" else -sign for sign, (order, _) in zip(signs, judgements)]
     verdict = verdicts[0] if len(set(verdicts)) == 1 else 0
     score, reference_score = np.mean([scores if order == "ab" else scores[::-1] for order, scores in judgements], 0)
-    return {"verdict": ("worse", "equal", "better")[verdict + 1], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
+    return {"verdict": VERDICTS[1 - verdict], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
             "score": float(score), "reference_score": float(reference_score)}
 
 
 def judge_metrics(judged, both):
     """Scores over the lines of pairs with a verdict; at_least_as_good is the paper's figure. `both`: each pair was shown in both orders."""
     longer, good = [line["words"][0] - line["words"][1] for line in judged], [line["at_least_as_good"] for line in judged]
-    value = [("worse", "equal", "better").index(line["verdict"]) for line in judged]
-    metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)} | {v: proportion([line["verdict"] == v for line in judged]) for v in ("better", "equal", "worse")}
+    value = [-VERDICTS.index(line["verdict"]) for line in judged]
+    metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)}
+    metrics |= {v: proportion([line["verdict"] == v for line in judged]) for v in VERDICTS}
     metrics |= {k: proportion([line[k] for line in judged]) for k in ("disagreement", "first_minus_second", "score", "reference_score") if k != "disagreement" or both}
     r = pearson(value, longer) if len(set(value)) > 1 and len(set(longer)) > 1 else None            # of better, equal, worse with the difference in words
     return metrics | {"length_correlation": {"score": r, "stderr": None if r is None else (1 - r * r) / math.sqrt(len(value) - 1), "n": len(value)}}
@@ -1248,7 +1249,7 @@ if (rater) ask(); else $("start").hidden = false;
 # Only the page's own script and style, known by their hashes, run and draw, and they speak to no other server.
 CROWD_POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'" + "".join(
     f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", CROWD_PAGE, re.S))
-CHOICES, VERDICTS = ("first", "equal", "second"), ("better", "equal", "worse")      # of the pair as shown; of --a against --b
+CHOICES = ("first", "equal", "second")                                      # of the pair as shown; VERDICTS are of --a against --b
 
 
 class CrowdStudy:
@@ -1304,8 +1305,11 @@ class CrowdHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version, timeout, log_message = "HTTP/1.1", "crowd", "", 60, lambda *_: None
 
     def reply(self, status, body):
-        kind, data = ("text/html; charset=utf-8", body) if body is CROWD_PAGE else ("application/json", json.dumps(body if status == 200 else {"error": body}))    # ASCII: a lone surrogate travels as \ud800
-        data, self.close_connection = data.encode(), self.close_connection or status != 200                    # a refused request was perhaps not read to its end
+        kind, text = "text/html; charset=utf-8", body
+        if body is not CROWD_PAGE:
+            kind, text = "application/json", json.dumps(body if status == 200 else {"error": body})         # ASCII: a lone surrogate travels as \ud800
+        data = text.encode()
+        self.close_connection = self.close_connection or status != 200                                      # a refused request was perhaps not read to its end
         self.send_response(status)
         for header in {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close" if self.close_connection else "keep-alive", "Cache-Control": "no-store",
                        "Content-Security-Policy": CROWD_POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}.items():
@@ -1412,32 +1416,43 @@ def fleiss_kappa(votes):
     return float(((votes * (votes - 1) / (n * (n - 1))).sum(-1).mean() - chance) / (1 - chance)) if chance < 1 else None
 
 
+def crowd_sample(i, category, mine):
+    """The line of an example, from its ratings `mine`."""
+    votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
+    verdict, split = majority(votes)
+    return {"id": i, "category": category, "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
+            "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]}
+
+
+def crowd_metrics(samples, ratings):
+    """The paper's figure is majority_at_least_as_good; agreement, position and pace stand beside it."""
+    votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
+    metrics = by_category("majority_at_least_as_good", samples) | by_category("at_least_as_good", samples)
+    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS}
+    metrics |= {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}            # the latter 0 where position has no effect
+    jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
+    metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
+    metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
+    return metrics
+
+
 def crowd_report(folder):
     """Scores over the rated examples. Ratings of one example are not independent: each example gives one number, standard errors are over examples."""
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder}: no study.json in it; `evaluate.py crowd --a F --b F --out {folder}` makes one")
-    study, rated, samples = read_json(folder / "study.json"), collections.defaultdict(list), []
+    study, rated = read_json(folder / "study.json"), collections.defaultdict(list)
     settings, ratings = study["settings"], read_ratings(folder, study["examples"])
     if not ratings:
         raise UserError(f"{folder}/ratings.jsonl: no ratings in it")
     for r in ratings:
         rated[r["example"]].append(r)
-    for i, mine in rated.items():
-        votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
-        verdict, split = majority(votes)
-        samples.append({"id": i, "category": study["examples"][i], "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
-                        "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]})
-    votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
-    jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
-    metrics = by_category("majority_at_least_as_good", samples) | by_category("at_least_as_good", samples)
-    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}      # the latter 0 where position has no effect
-    metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
-    metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
+    samples = [crowd_sample(i, study["examples"][i], mine) for i, mine in rated.items()]
+    metrics = crowd_metrics(samples, ratings)
     write_results(folder, "crowd", study["model"], metrics, {**settings, "data_hash": file_hash(folder / "ratings.jsonl")}, samples)
     full = sum(len(mine) >= settings["ratings"] for mine in rated.values())
     text = (f"# {settings['a']} against {settings['b']}, by people\n\n{len(ratings)} ratings by {len({r['rater'] for r in ratings})} raters; of {len(study['examples'])} examples {len(samples)} have a rating and {full} "
             f"the {settings['ratings']} wanted. A majority is the verdict with the most votes; an example where none has is a split and counts as equal. ± is the standard error over examples.\n\n"
-            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell(m["score"] is not None and (m["score"], m["stderr"]) or None, False), m["n"]] for name, m in metrics.items())]))
+            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell((m["score"], m["stderr"]) if m["score"] is not None else None, False), m["n"]] for name, m in metrics.items())]))
     with atomic(folder / "report.md") as f:
         f.write(text)
     crowd_figure(samples, ratings, folder / "crowd.png")
