@@ -243,10 +243,14 @@ def numbered_jsonl(path, *fields):
         yield number, record
 
 
+def json_line(record):
+    """A record as a line of a JSON-lines file."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
 def write_jsonl(path, records):
     with atomic(path) as f:
-        for record in records:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        f.writelines(map(json_line, records))
 
 
 def digest(*parts):
@@ -332,7 +336,7 @@ class GrowingFile:
 
     def append(self, *records, flush=True):
         """Write lines together; the place of the first."""
-        lines = b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace") for r in records)
+        lines = "".join(map(json_line, records)).encode("utf-8", "backslashreplace")
         with self.lock:
             at, rest = self.size, lines
             try:
@@ -1228,14 +1232,14 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
                 met |= queries if not reason else set()
             if reason:
                 row["dropped"][reason] += 1
-                drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                drop.write(json_line({"id": key, "source": name, "reason": reason}))
                 continue
             row["kept"] += 1
             row[unit] += length(messages)
             row["turns"] += sum(m["role"] != "text" for m in messages)
             row["koala markers"] += sum(bool(KOALA_MARKERS.search(q)) for q in queries_of(messages))
             content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
-            keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
+            keep.write(json_line({"id": key, "source": name, **content}))
     return table
 
 

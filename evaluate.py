@@ -1255,7 +1255,7 @@ CHOICES = ("first", "equal", "second")                                      # of
 class CrowdStudy:
     """Who rates what: examples {id: {"turns", "a", "b"}} are dealt so that each gets `wanted` ratings from different raters, the fewest first.
 
-    A pair on a rater's screen is kept for them for `lease` seconds; then others may get it, and a late choice still counts. A page sees of an
+    A pair on a rater's screen is kept for them for `lease` seconds (half an hour); then others may get it, and a late choice still counts. A page sees of an
     example its texts, in an order drawn per rater and example, and the number of a task. Both come from a secret of the study and not from a
     seed: a rater who has this file could compute that.
     """
@@ -1376,7 +1376,7 @@ def crowd(args):
             server = CrowdServer(("127.0.0.1", args.port), CrowdHandler)
         except (OSError, OverflowError) as e:
             raise UserError(f"--port {args.port}: {getattr(e, 'strerror', None) or e}")
-        server.study = CrowdStudy(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
+        server.study = CrowdStudy(examples, read_ratings(folder, examples), file, args.ratings, 1800, read_json(folder / "study.json")["secret"])
         if settings["unmatched"]:
             print(f"{settings['unmatched']} replies have no partner in the other file and are left out", file=sys.stderr)
         print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {len(file.records)} are in {file.path}; Ctrl-C ends, the same command continues", flush=True)
@@ -1746,8 +1746,8 @@ def add_asking_flags(p, max_new):
     p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
     add_endpoint_flags(p, required=False)
     p.add_argument("--template", choices=list(SPECIAL), help="what stands around a prompt; None takes the checkpoint's own, else plain")
-    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer")
-    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most")
+    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer; not stated in the paper")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most; not stated in the paper")
     p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of --limit")
@@ -1795,7 +1795,7 @@ def main():
     p = commands.add_parser("judge", help="a model as rater", example="python evaluate.py judge --a replies.jsonl --b teacher.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out results/judge")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
     p.add_argument("--b", required=True, metavar="FILE", help="the reference's replies to the same prompts")
-    p.add_argument("--orders", choices=["both", "one"], default="both", help="judge each pair in both orders, or in one drawn by --seed, as Vicuna does")
+    p.add_argument("--orders", choices=["both", "one"], default="both", help="judge each pair in both orders, or in one drawn by --seed (§4: Vicuna's procedure, which has one)")
     p.add_argument("--temperature", type=real, default=0.2, help="Vicuna's")
     p.add_argument("--max-new", type=positive, default=1024, help="tokens of a verdict and its reasons; Vicuna's")
     p.add_argument("--out", required=True, metavar="DIR")
@@ -1818,7 +1818,6 @@ def main():
     p.add_argument("--b", metavar="FILE", help="the reference's replies to the same prompts")
     p.add_argument("--out", required=True, metavar="DIR", help="ratings.jsonl grows there; the same command continues the study")
     p.add_argument("--ratings", type=positive, default=3, help="§4: ratings per example, from different people")
-    p.add_argument("--lease", type=real, default=1800, help="seconds for which a pair on somebody's screen is kept from others")
     p.add_argument("--port", type=natural, default=8400, help="0 takes a free one")
 
     p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, json_line, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
                   read_questions, real, run, visible, write_json, write_jsonl)
 
 
@@ -504,7 +504,8 @@ def synthesize_nq(args):
     if args.dry_run:
         print(f"at five new pairs a request, the fewest that {args.n} pairs can take:")
         return dry_run(args, requests_(-(-args.n // 5)))
-    kept, seen, rejected, lowered, barren, why = [], set(), collections.Counter(), 0, 0, f"{10 * args.n} requests were asked"
+    kept, seen, rejected, lowered, barren = [], set(), collections.Counter(), 0, 0
+    why = f"{10 * args.n} requests were asked"             # where to give up is not stated in the paper: after ten requests a pair, or 200 in vain
     with teacher_of(args, args.out + ".journal.jsonl") as teacher:
         for request, record in teacher.ask(requests_(10 * args.n), "synthesize", ahead=2):
             if record["status"] == "unasked":
@@ -582,9 +583,9 @@ def write_replies(args, title, jobs, total, rows):
             entry = {"id": record["key"], **fields, "key": record["key"]}
             status = record["status"]
             if status == "ok":
-                good.write(json.dumps({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}, ensure_ascii=False) + "\n")
+                good.write(json_line({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}))
             elif status != "unasked":
-                bad.write(json.dumps({**entry, "status": status, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
+                bad.write(json_line({**entry, "status": status, "content": record["content"], "error": record.get("error")}))
     write_card(args, title, teacher, rows)
     print(f"{args.out}: {teacher.yielded['ok']} replies" + "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status != "ok"))
     if unfinished := teacher.unfinished():
@@ -779,10 +780,10 @@ def main():
     p.add_argument("what", choices=["nq", "tldr"], help="nq: question-answer pairs out of seed pairs; tldr: summaries of given passages")
     p.add_argument("--seed-pairs", metavar="FILE", help="nq: question, answer; the paper uses ten")
     p.add_argument("--posts", metavar="FILE", help="tldr: JSON lines with `post`, and `id` if there is one")
-    p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3.1); of the passages the first n, None is all")
-    p.add_argument("--temperature", type=real, default=1.0, help="§3.1")
+    p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3); of the passages the first n, None is all")
+    p.add_argument("--temperature", type=real, default=1.0, help="§3")
     p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="nq: questions that must not appear, such as the evaluation set")
-    p.add_argument("--max-answer-words", type=positive, default=10, help="nq")
+    p.add_argument("--max-answer-words", type=positive, default=10, help="nq: a longer answer is rejected; §3 says a few words")
     add_asking_flags(p)
 
     p = commands.add_parser("collect", help="a teacher's replies to given prompts", example="python imitation.py collect --prompts heldout.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out replies.jsonl")
