@@ -106,6 +106,7 @@ def run(main):
 
 
 def complain(program, status, *messages):
+    """Say each message in a line on stderr; returns the status."""
     if os.environ.get("RANK", "0") == "0":                 # under torchrun one rank speaks for all
         for message in messages:
             print(f"{program}: {visible(' '.join(str(message).split()))}", file=sys.stderr)
@@ -144,6 +145,7 @@ def real(text):
 
 
 def add_device_flags(parser):
+    """The flags of every program that runs a model; model.py's pick_device and pick_dtype read them."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
 
@@ -196,12 +198,14 @@ def atomic_dir(path):
 
 
 def write_json(path, value):
+    """Write a JSON file atomically."""
     with atomic(path) as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
 
 
 def read_json(path):
+    """The value of a JSON file; UserError where it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -249,6 +253,7 @@ def json_line(record):
 
 
 def write_jsonl(path, records):
+    """Write a JSON-lines file atomically."""
     with atomic(path) as f:
         f.writelines(map(json_line, records))
 
@@ -259,6 +264,7 @@ def digest(*parts):
 
 
 def file_hash(path):
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -353,11 +359,13 @@ class GrowingFile:
         return at
 
     def flush(self):
+        """Return when all that was appended is on disk."""
         if self.flushed < (size := self.size):
             os.fdatasync(self.file.fileno())
             self.flushed = size
 
     def read(self, at):
+        """The record at a place that `take` or `append` gave."""
         with self.lock:
             self.reader.seek(at)
             return json.loads(self.reader.readline())
@@ -441,12 +449,14 @@ class Tokenizer:
     silent = frozenset()                                   # ids without text, beside bos, eos and the added ones
 
     def add(self, names):
+        """Add tokens to the vocabulary, behind those it has; returns itself."""
         for name in names:
             self.added.setdefault(name, self.vocab_size)
         return self
 
     @property
     def vocab_size(self):
+        """Rows that an embedding needs."""
         return 1 + max([self.n_base - 1, *self.added.values()])
 
     @property
@@ -461,6 +471,7 @@ class Tokenizer:
 
     @property
     def hash(self):
+        """Of the vocabulary with its added tokens: the ids of packed data depend on it."""
         return digest(self.base_hash, self.added)
 
     @functools.cached_property
@@ -469,6 +480,7 @@ class Tokenizer:
         return "" if self.encode("a b") == self.encode("a") + self.encode("b") else " "
 
     def encode(self, text):
+        """Ids of a text, without BOS and EOS."""
         return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
 
     def write_config(self, folder, template, tokens, **more):
@@ -537,6 +549,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.decode(ids)
 
     def save(self, folder):
+        """Write what load_tokenizer reads back."""
         shutil.copyfile(self.folder / "tokenizer.model", Path(folder) / "tokenizer.model")
         write_json(Path(folder) / "added_tokens.json", self.added)
 
@@ -650,6 +663,7 @@ class JSONTokenizer(Tokenizer):
         self.build(spec)
 
     def build(self, spec):
+        """Make ready to encode what the tokenizer.json `spec` describes."""
         try:
             import tokenizers
         except ImportError:
@@ -1198,6 +1212,7 @@ KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
 
 
 def dropped_path(out):
+    """Where it is said what was dropped from the file `out`, and why."""
     return Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")
 
 
@@ -1379,6 +1394,7 @@ def diversity(path, first_turn=False, workers=None):
 
 
 def show_diversity(result):
+    """Print what `diversity` returns, with the paper's figures (§3) and a histogram."""
     (exp, none), bars = result["metrics"].values(), list(zip(*result["histogram"].values()))
     print(f"{exp['n']} distinct queries of {result['user_turns']} user turns; set aside: {result['twins']} exact twins, {result['empty']} empty")
     print(f"BLEU to the most similar other query, mean: {exp['score']:.2f}% with smoothing exp, {none['score']:.2f}% with none (paper: ShareGPT-Mix 8%, Super-NaturalInstructions 61%)")

@@ -649,6 +649,7 @@ class Sandbox:
         self.start()
 
     def start(self):
+        """Start the supervisor; UserError, naming what is missing, where the machine does not give a sandbox."""
         source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
         python, user = Path(sys.executable).parent.resolve() / Path(sys.executable).name, os.geteuid() != 0          # in a venv it is a link: its folder decides
         command = [python, "-I", "-c", source]
@@ -1268,9 +1269,11 @@ class CrowdStudy:
             self.rated[r["rater"]].add(r["example"])
 
     def draw(self, what, rater, i):
+        """A hash that nobody without the secret can compute."""
         return digest(self.secret, what, rater, i)
 
     def order(self, rater, i):
+        """Which answer of an example this rater sees first (§4: at random)."""
         return ("ab", "ba")[int(self.draw("order", rater, i), 16) % 2]
 
     def deal(self, rater):
@@ -1305,6 +1308,7 @@ class CrowdHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version, timeout, log_message = "HTTP/1.1", "crowd", "", 60, lambda *_: None
 
     def reply(self, status, body):
+        """Send the page, a state as JSON, or an error's text."""
         kind, text = "text/html; charset=utf-8", body
         if body is not CROWD_PAGE:
             kind, text = "application/json", json.dumps(body if status == 200 else {"error": body})         # ASCII: a lone surrogate travels as \ud800

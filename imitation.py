@@ -49,6 +49,7 @@ class Transient(Exception):
 
 
 def is_loopback(host):
+    """Is it this machine under a loopback address or `localhost`?"""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -77,7 +78,8 @@ class Teacher:
     """
     flag, key_flag, path, key_header = "--endpoint", "--key-env", "/chat/completions", ("Authorization", "Bearer ")
 
-    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None, max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
+    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None,
+                 max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
         import requests
         try:
             url = urlsplit(endpoint)
@@ -144,6 +146,7 @@ class Teacher:
         return key
 
     def redact(self, text):
+        """A server's words for a message of ours: without the key, without control characters, 500 of them at most."""
         return visible(str(text).replace(self.key, "[key]") if self.key else str(text))[:500]
 
     def unfinished(self):
@@ -283,6 +286,7 @@ class Teacher:
         return record
 
     def _post(self, request):
+        """The fields of a record, of one try; Transient where another may succeed, UserError where none will."""
         import requests
         import urllib3
         prepared = self.prepared.copy()
@@ -323,9 +327,11 @@ class Teacher:
         raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")), status == 429)
 
     def _body(self, request):
+        """What is sent."""
         return {"model": self.model, **{self.max_tokens_field if k == "max_tokens" else k: v for k, v in request.items() if k != "index" and v is not None and k not in self.omit}}
 
     def _record(self, request, answer):
+        """The fields of a record, from an answer with status 200."""
         try:
             choice = answer["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
@@ -342,6 +348,7 @@ class Teacher:
         return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": usage, "tokens": tokens, **self._provenance(request)}
 
     def _provenance(self, request):
+        """When it was asked, and with which sampling fields."""
         return {"time": round(time.time()), "sampling": {k: v for k, v in request.items() if k not in ("messages", "index") and v is not None and k not in self.omit}}
 
 
@@ -386,6 +393,7 @@ def retry_after(value):
 
 
 def add_endpoint_flags(parser, required=True):
+    """The flags that teacher_of reads."""
     parser.add_argument("--endpoint", required=required, metavar="URL", help="an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
     parser.add_argument("--endpoint-model", required=required, metavar="NAME", help="the model's name there")
     parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key; OPENAI_API_KEY is used for OpenAI's own host alone")

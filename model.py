@@ -902,6 +902,7 @@ class Safetensors:
             self.base = 8 + length
 
     def get(self, name):
+        """A tensor, its values still in the file until they are looked at."""
         dtype, shape, start, end = self.entries[name]
         if start == end:
             return torch.empty(shape, dtype=DTYPES[dtype])
