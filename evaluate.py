@@ -291,7 +291,11 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
             bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if RANK else None)
 
             def took(answers):
-                lines = [{"index": mine[j], **examples[mine[j]]["sample"], **lost, **({"failed": True} if answer is None else verdict(examples[mine[j]], answer))} for j, answer, lost in answers]
+                lines = []
+                for j, answer, lost in answers:
+                    example = examples[mine[j]]
+                    said = {"failed": True} if answer is None else verdict(example, answer)
+                    lines.append({"index": mine[j], **example["sample"], **lost, **said})
                 file.append(*lines)
                 new.extend(lines)
                 scores.extend(line[running] for line in lines if running in line)
