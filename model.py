@@ -462,7 +462,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class Norm(nn.Module):
-    """RMSNorm (x / rms(x) · g) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
+    """RMSNorm (x / rms(x) · g; Zhang & Sennrich 2019) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
 
     def __init__(self, c):
         super().__init__()
@@ -736,7 +736,7 @@ class Transformer(nn.Module):
         return self.project(self.hidden(ids)).float()
 
     def forward(self, ids, targets, weights, starts=None, base=None, kl=0.0):
-        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T).
+        """Σ weights · cross-entropy over the positions with weight > 0 (§4.1: the model outputs); ids, targets, weights and starts (see `attention`) (B, T).
 
         The loss is made inside forward, where DDP's and fully_shard's hooks see it. targets None: the states of those positions
         instead, (N, C). With `base`, the original model's (states, output weight, vocabulary): (loss + kl · KL, KL).
