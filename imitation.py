@@ -9,7 +9,7 @@
 
 In this file:
     the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice; a scorer of texts besides
-    synthesis         NQ-synthetic (§3.1, appendix A), TLDR-synthetic
+    synthesis         NQ-synthetic (§3, Table 3), TLDR-synthetic (§3 of the ICLR version)
     collection        replies to given prompts
     the study         the miniature's commands, in stages; the open problem's
     the paper         the same at full scale, with an estimate of each command
@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
+from tqdm import tqdm
+
+from data import (Failure, GrowingFile, Parser, UserError, atomic, count, digest, dying_with_parent, json_line, locked, natural, numbered_jsonl, positive, read_json, read_prompts,
                   read_questions, real, run, visible, write_json, write_jsonl)
 
 
@@ -52,6 +54,7 @@ class Transient(Exception):
 
 
 def is_loopback(host):
+    """Is it this machine under a loopback address or `localhost`?"""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -64,7 +67,7 @@ def request_key(model, teacher_id, omit, request):
 
 
 class Teacher:
-    """A client of one OpenAI-compatible /chat/completions endpoint, with a journal.
+    """A client of one OpenAI-compatible /chat/completions endpoint, with a journal; the paper's teacher is ChatGPT.
 
     `ask` yields a record per request, in the order of the requests, whatever the order of arrival. A record is in the
     journal, on disk, before it is yielded; a request whose reply stands there is not sent again.
@@ -80,7 +83,8 @@ class Teacher:
     """
     flag, key_flag, path, key_header = "--endpoint", "--key-env", "/chat/completions", ("Authorization", "Bearer ")
 
-    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None, max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
+    def __init__(self, endpoint, model, journal, *, concurrency=8, timeout=120.0, retries=6, rpm=None, max_requests=None, max_tokens_total=None,
+                 max_tokens_field="max_tokens", omit=(), key_env=None, teacher_id=""):
         import requests
         try:
             url = urlsplit(endpoint)
@@ -147,6 +151,7 @@ class Teacher:
         return key
 
     def redact(self, text):
+        """A server's words for a message of ours: without the key, without control characters, 500 of them at most."""
         return visible(str(text).replace(self.key, "[key]") if self.key else str(text))[:500]
 
     def unfinished(self):
@@ -159,7 +164,6 @@ class Teacher:
 
         `ahead` x concurrency requests are taken before the first of them is yielded, so that a slow one holds up no other.
         """
-        from tqdm import tqdm
         waiting, under_way = collections.deque(), {}
         source = iter(requests_)
         pool = ThreadPoolExecutor(self.concurrency)
@@ -287,6 +291,7 @@ class Teacher:
         return record
 
     def _post(self, request):
+        """The fields of a record, of one try; Transient where another may succeed, UserError where none will."""
         import requests
         import urllib3
         prepared = self.prepared.copy()
@@ -327,9 +332,11 @@ class Teacher:
         raise Transient(f"answered {status}: {message}", retry_after(headers.get("Retry-After")), status == 429)
 
     def _body(self, request):
+        """What is sent."""
         return {"model": self.model, **{self.max_tokens_field if k == "max_tokens" else k: v for k, v in request.items() if k != "index" and v is not None and k not in self.omit}}
 
     def _record(self, request, answer):
+        """The fields of a record, from an answer with status 200."""
         try:
             choice = answer["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
@@ -346,6 +353,7 @@ class Teacher:
         return {"status": status, "content": content or "", "finish_reason": finish, "model": answer.get("model"), "usage": usage, "tokens": tokens, **self._provenance(request)}
 
     def _provenance(self, request):
+        """When it was asked, and with which sampling fields."""
         return {"time": round(time.time()), "sampling": {k: v for k, v in request.items() if k not in ("messages", "index") and v is not None and k not in self.omit}}
 
 
@@ -390,6 +398,7 @@ def retry_after(value):
 
 
 def add_endpoint_flags(parser, required=True):
+    """The flags that teacher_of reads."""
     parser.add_argument("--endpoint", required=required, metavar="URL", help="an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
     parser.add_argument("--endpoint-model", required=required, metavar="NAME", help="the model's name there")
     parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key; OPENAI_API_KEY is used for OpenAI's own host alone")
@@ -405,6 +414,7 @@ def add_endpoint_flags(parser, required=True):
 
 
 def teacher_of(args, journal):
+    """The Teacher of add_endpoint_flags' flags."""
     if not args.timeout:
         raise UserError("--timeout must be more than 0 seconds")
     names = ("concurrency", "timeout", "retries", "rpm", "max_requests", "max_tokens_total", "max_tokens_field", "omit", "key_env", "teacher_id")
@@ -442,7 +452,7 @@ def dry_run(args, requests_):
     print(f"{args.out}: {len(sizes)} requests, {len(sizes) - len(todo)} of them answered in the journal; to ask: {len(todo)}, with about {sum(todo) // 4} tokens of prompts and {replies}")
 
 
-# --- synthesis (§3.1) -----------------------------------------------------------------------------------------------------------
+# --- synthesis (§3) -------------------------------------------------------------------------------------------------------------
 
 # The paper gives the request's content, not its words: five pairs at random, similar but different ones wanted, concise
 # answers, lowercased questions centred on Wikipedia-like entities, in the form Q: … / A: ….
@@ -473,10 +483,12 @@ def parse_pairs(text):
 
 
 def normalize_pair_question(text):
+    """What makes two questions the same (§3: duplicates are discarded; how they are told is not stated), and the form in which one is kept."""
     return " ".join(text.lower().strip().rstrip("?").split())
 
 
 def synthesize(args):
+    """`synthesize nq` or `synthesize tldr`."""
     work, needed = {"nq": (synthesize_nq, "seed_pairs"), "tldr": (synthesize_tldr, "posts")}[args.what]
     if not getattr(args, needed):
         raise UserError(f"synthesize {args.what}: needs --{needed.replace('_', '-')} FILE")
@@ -484,12 +496,12 @@ def synthesize(args):
 
 
 def synthesize_nq(args):
-    """NQ-synthetic: `n` single-turn examples; each request shows the teacher five seed pairs drawn at random.
+    """NQ-synthetic (§3): `n` single-turn examples; each request shows the teacher five of the seed pairs (the paper has ten) drawn at random.
 
     The query is the question in the form in which the evaluation asks it, "Q: …?\\nA:" (the paper has this form in the request and does
     not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
     """
-    args.n = 6000 if args.n is None else args.n            # §3.1
+    args.n = 6000 if args.n is None else args.n            # §3
     seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)][:args.n_seeds]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
@@ -505,7 +517,8 @@ def synthesize_nq(args):
     if args.dry_run:
         print(f"at five new pairs a request, the fewest that {args.n} pairs can take:")
         return dry_run(args, requests_(-(-args.n // 5)))
-    kept, seen, rejected, lowered, barren, why = [], set(), collections.Counter(), 0, 0, f"{10 * args.n} requests were asked"
+    kept, seen, rejected, lowered, barren = [], set(), collections.Counter(), 0, 0
+    why = f"{10 * args.n} requests were asked"             # where to give up is not stated in the paper: after ten requests a pair, or 200 in vain
     with teacher_of(args, args.out + ".journal.jsonl") as teacher:
         for request, record in teacher.ask(requests_(10 * args.n), "synthesize", ahead=2):
             if record["status"] == "unasked":
@@ -583,9 +596,9 @@ def write_replies(args, title, jobs, total, rows):
             entry = {"id": record["key"], **fields, "key": record["key"]}
             status = record["status"]
             if status == "ok":
-                good.write(json.dumps({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}, ensure_ascii=False) + "\n")
+                good.write(json_line({**entry, "messages": [*messages, {"role": "assistant", "content": record["content"]}]}))
             elif status != "unasked":
-                bad.write(json.dumps({**entry, "status": status, "content": record["content"], "error": record.get("error")}, ensure_ascii=False) + "\n")
+                bad.write(json_line({**entry, "status": status, "content": record["content"], "error": record.get("error")}))
     write_card(args, title, teacher, rows)
     print(f"{args.out}: {teacher.yielded['ok']} replies" + "".join(f", {n} {status}" for status, n in teacher.yielded.items() if status != "ok"))
     if unfinished := teacher.unfinished():
@@ -649,7 +662,7 @@ def flags(options):
 
 
 def ask_the_teacher(place, seed, pairs):
-    """§3.1: NQ-synthetic; and two samples of the teacher's answers, the reference of style and its upper bound."""
+    """§3: NQ-synthetic; and two samples of the teacher's answers, the reference of style and its upper bound."""
     out = f"{place.root}/nq-synthetic.jsonl"
     return ("teacher", [
         Step(["python", "imitation.py", "synthesize", "nq", "--seed-pairs", place.data["seed-pairs"], "--n-seeds", "10", "--exclude", place.data["nq"], "--n", pairs, "--seed", seed, *place.teacher, "--out", out], out),
@@ -998,10 +1011,10 @@ def main():
     p.add_argument("--seed-pairs", metavar="FILE", help="nq: question, answer; the paper uses ten")
     p.add_argument("--posts", metavar="FILE", help="tldr: JSON lines with `post`, and `id` if there is one")
     p.add_argument("--n-seeds", type=positive, metavar="N", help="nq: use the first so many pairs of the file, the paper ten; None is all")
-    p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3.1); of the passages the first n, None is all")
-    p.add_argument("--temperature", type=real, default=1.0, help="§3.1")
+    p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3); of the passages the first n, None is all")
+    p.add_argument("--temperature", type=real, default=1.0, help="§3")
     p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="nq: questions that must not appear, such as the evaluation set")
-    p.add_argument("--max-answer-words", type=positive, default=10, help="nq")
+    p.add_argument("--max-answer-words", type=positive, default=10, help="nq: a longer answer is rejected; §3 says a few words")
     add_asking_flags(p)
 
     p = commands.add_parser("collect", help="a teacher's replies to given prompts", example="python imitation.py collect --prompts heldout.jsonl --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out replies.jsonl")

@@ -4,18 +4,19 @@
     python model.py generate --model runs/llama7b --prompts heldout.jsonl --out replies.jsonl
 
 In this file:
-    shapes           Config, the published presets, config.json
-    parallelism      one model shared by several processes, cut in the Megatron manner
-    attention kernel forward and backward in Triton, in tiles, conversation boundaries skipped
-    layers           linear, norms, rotary positions, attention, MLP, the Transformer
-    loss             output projection and cross-entropy on the positions that carry loss, and nowhere else
-    checkpoints      safetensors by hand; our parameters <-> the tensors of the published checkpoints
-    generation       a shared prefix, slots for the rows, refill; token ids only
-    devices, the program
+    shapes                  Config, the published presets, config.json
+    parallelism             one model shared by several processes, cut in the Megatron manner; parameters spread over replicas
+    the attention kernel    forward and backward in Triton, in tiles, conversation boundaries skipped
+    layers                  linear, norms, rotary positions, attention, MLP, the Transformer
+    loss                    output projection and cross-entropy on the positions that carry loss, and nowhere else
+    checkpoints             safetensors by hand; our parameters <-> the tensors of the published checkpoints
+    generation              a shared prefix, slots for the rows, refill; token ids only
+    devices, the program    info, chat, generate, export: text in, text out
 References: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (LLaMA), and transformers' GPT2LMHeadModel and LlamaForCausalLM,
 whose logits these are.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 triton = None
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):      # elsewhere it would only cost memory and start-up time
@@ -38,7 +40,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):      # elsew
         import triton
         import triton.language as tl
 
-from data import (Parser, SPECIAL, UserError, adds_bos, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
+from data import (Parser, SPECIAL, UserError, add_device_flags, adds_bos, atomic, continuation, cut, digest, load_tokenizer, natural, positive, print_table, read_json,
                   read_prompts, real, render, run, stop_rule, visible, write_json, write_jsonl)
 
 
@@ -72,15 +74,17 @@ class Config:
 
 
 def llama(n_layer, n_head, n_embd, mlp_dim, **kw):
+    """A LLaMA's Config (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases."""
     return Config(n_layer=n_layer, n_head=n_head, n_kv_head=kw.pop("n_kv_head", n_head), n_embd=n_embd, head_dim=kw.pop("head_dim", n_embd // n_head), mlp_dim=mlp_dim, **kw)
 
 
 def gpt2(n_layer, n_head, n_embd, **kw):
+    """A GPT-2's Config (Radford et al. 2019): LayerNorm, learned positions, GELU, biases, tied embeddings."""
     return Config(**{**dict(vocab_size=50257, context=1024, n_layer=n_layer, n_head=n_head, n_kv_head=n_head, n_embd=n_embd, head_dim=n_embd // n_head, mlp_dim=4 * n_embd,
                             norm="layer", norm_eps=1e-5, position="learned", mlp="gelu", bias=True, tied=True, bos=50256, eos=50256), **kw})
 
 
-PRESETS = {
+PRESETS = {                         # §4.1: gpt2-xl (1.5B), llama7b, llama13b; the others as published
     "gpt2": gpt2(12, 12, 768), "gpt2-medium": gpt2(24, 16, 1024), "gpt2-large": gpt2(36, 20, 1280), "gpt2-xl": gpt2(48, 25, 1600),
     "llama7b": llama(32, 32, 4096, 11008), "llama13b": llama(40, 40, 5120, 13824),
     "llama30b": llama(60, 52, 6656, 17920), "llama65b": llama(80, 64, 8192, 22016, norm_eps=1e-5),
@@ -89,14 +93,14 @@ PRESETS = {
 
 def config_from_hf(d, where="config.json"):
     """Config of a Hugging Face config.json (a dict); a field that this decoder does not implement is an error that names it."""
+    if not isinstance(d, dict):
+        raise UserError(f"{where}: not a JSON object")
+
     def want(field, default, *allowed):
         value = d.get(field, default)
         if value not in allowed:
             raise UserError(f"{where}: {field} = {value!r} is not supported (supported: {', '.join(map(repr, allowed))})")
         return value
-
-    if not isinstance(d, dict):
-        raise UserError(f"{where}: not a JSON object")
 
     def need(*fields):
         missing = [f for f in fields if not isinstance(d.get(f), int) or d[f] < 1]
@@ -143,13 +147,15 @@ def config_to_hf(c):
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": c.tied, "bos_token_id": c.bos, "eos_token_id": c.eos}
 
 
-# --- tensor parallelism ---------------------------------------------------------------------------------------------------
+# --- parallelism ------------------------------------------------------------------------------------------------------------
+# §4.1: fully sharded data parallelism (`shard`, below) and tensor parallelism.
 # Shoeybi et al. 2019 (Megatron-LM): q, k, v, gate and up are cut along their outputs (each rank owns some heads, some units),
 # o and down along their inputs, the vocabulary by rows. `copy` stands where a whole activation enters a cut layer, `reduce`
 # where partial sums leave one. Copy comes after the norm, not before, or the norm's gradient would be a rank's share of it.
 # Cuts may be uneven (25 heads on 2 ranks: 12 and 13; 32,002 rows) and nothing is padded: a tensor's RMS counts in the optimizer.
 
 class _Copy(torch.autograd.Function):
+    """The activation as it is; its gradient is summed over the ranks."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -164,6 +170,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Reduce(torch.autograd.Function):
+    """The sum over the ranks; its gradient as it is."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -238,7 +245,7 @@ def region(shape, cut, rank=0, size=1):
 
 
 def held(p, shape, cut):
-    """`region` of a parameter as it is."""
+    """The `region` of the whole tensor, of shape `shape`, whose values lie in this process's parameter `p`."""
     return region(shape, cut, p.device_mesh.get_local_rank(), p.device_mesh.size()) if hasattr(p, "device_mesh") else region(shape, cut)
 
 
@@ -381,6 +388,7 @@ def _tiles(D, dtype):
 
 
 class _FlashAttention(torch.autograd.Function):
+    """The three kernels as one function; the backward pass makes each tile of scores again from q, k and the saved log-sum-exp."""
 
     @staticmethod
     def forward(ctx, q, k, v, starts):
@@ -454,7 +462,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class Norm(nn.Module):
-    """RMSNorm (x / rms(x) · g) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
+    """RMSNorm (x / rms(x) · g; Zhang & Sennrich 2019) or LayerNorm ((x − mean) / std · g + b), in float32 whatever the precision of x."""
 
     def __init__(self, c):
         super().__init__()
@@ -561,6 +569,7 @@ class RowParallel(Linear):
 
 
 class Attention(nn.Module):
+    """Causal self-attention over this rank's heads; `attend(q, k, v)` is the attention itself, `rotary` (cos, sin) or None. x (B, T, C)."""
 
     def __init__(self, c, tp):
         super().__init__()
@@ -597,6 +606,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class MLP(nn.Module):
+    """down(silu(gate x) · up x) for LLaMA (Shazeer 2020), down(gelu(up x)) for GPT-2; the rank holds some of the hidden units."""
 
     def __init__(self, c, tp):
         super().__init__()
@@ -669,7 +679,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed):
-        """GPT-2's initialisation: normal 0.02, the two projections into the residual stream divided by √(2 · layers); the same however the model is spread."""
+        """GPT-2's initialisation: normal 0.02, the two projections into the residual stream divided by √(2 · layers); the same however the model is spread.
+
+        For `train.py --init` alone: the paper starts from published weights.
+        """
         generator, shapes = torch.Generator().manual_seed(seed), whole_shapes(self.config)
         for name, p in self.named_parameters():
             tensor = torch.full(shapes[name], float(name.endswith("norm.weight")))
@@ -724,7 +737,7 @@ class Transformer(nn.Module):
         return self.project(self.hidden(ids)).float()
 
     def forward(self, ids, targets, weights, starts=None, base=None, kl=0.0):
-        """Σ weights · cross-entropy over the positions with weight > 0; ids, targets, weights and starts (see `attention`) (B, T).
+        """Σ weights · cross-entropy over the positions with weight > 0 (§4.1: the model outputs); ids, targets, weights and starts (see `attention`) (B, T).
 
         The loss is made inside forward, where DDP's and fully_shard's hooks see it. targets None: the states of those positions
         instead, (N, C). With `base`, the original model's (states, output weight, vocabulary): (loss + kl · KL, KL).
@@ -737,6 +750,7 @@ class Transformer(nn.Module):
 
 
 def n_parameters(c):
+    """Parameters of a Config, an output head that is the embedding counted once."""
     return sum(math.prod(shape) for shape in whole_shapes(c).values())
 
 
@@ -881,6 +895,7 @@ class Safetensors:
             self.base = 8 + length
 
     def get(self, name):
+        """A tensor, its values still in the file until they are looked at."""
         dtype, shape, start, end = self.entries[name]
         if start == end:
             return torch.empty(shape, dtype=DTYPES[dtype])
@@ -1027,6 +1042,7 @@ def open_weights(folder):
 
 
 def is_meta(folder):
+    """Is it in Meta's layout?"""
     return (Path(folder) / "params.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
@@ -1036,10 +1052,17 @@ def whole_shapes(c):
         return {n: p.shape for n, p in Transformer(c).named_parameters()}
 
 
+def published_shape(shapes, parts, transposed):
+    """Shape of the published tensor that our parameters `parts` make up, one behind the other along their outputs."""
+    shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
+    return shape[::-1] if transposed else shape
+
+
 def load_weights(model, weights, config, where):
     """Fill `model` from the published tensors of a checkpoint of Config `config`, each rank reading its own slice.
 
-    Where the model has more rows of vocabulary than the checkpoint (added tokens), the new ones are the mean of the old.
+    Where the model has more rows of vocabulary than the checkpoint (§4.1's special tokens), the new ones are the mean of the old
+    (not stated in the paper; Hewitt 2021).
     A missing, unexpected or misshapen tensor is an error that names it.
     """
     ours, shapes, grown, names = dict(model.named_parameters()), whole_shapes(config), whole_shapes(model.config), published_names(config)
@@ -1053,8 +1076,7 @@ def load_weights(model, weights, config, where):
     with torch.no_grad():
         for name, (parts, transposed) in names.items():
             tensor = weights.get(name.removeprefix(prefix))
-            want = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
-            want = want[::-1] if transposed else want
+            want = published_shape(shapes, parts, transposed)
             if tensor.shape != want:
                 raise UserError(f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the config wants {list(want)}")
             tensor = tensor.T if transposed else tensor
@@ -1096,11 +1118,11 @@ def empty_model(config, device, dtype, compute, attention_path="sdpa", tp=Tensor
     return model
 
 
-def load(folder, device="cpu", dtype=None, attention_path="sdpa"):
+def load(folder, device="cpu", dtype=None):
     """A checkpoint as a model for inference; dtype None keeps the one in which it is stored."""
     config, weights = read_config(folder)[0], open_weights(folder)
     dtype = dtype or weights.dtype()
-    model = empty_model(config, device, dtype, dtype, attention_path)
+    model = empty_model(config, device, dtype, dtype)
     load_weights(model, weights, config, folder)
     return model.eval().requires_grad_(False)
 
@@ -1117,11 +1139,12 @@ def save_checkpoint(folder, config, get, dtype, tokenizer=None, template=None, w
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shapes, tensors = whole_shapes(config), []
-    for name, (parts, transposed) in published_names(config).items():
-        shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
-        tensors.append((name, dtype, shape[::-1] if transposed else shape,
-                        lambda parts=parts, transposed=transposed: (lambda t: t.T if transposed else t)(torch.cat([get(p) for p in parts]))))
+
+    def published(parts, transposed):
+        tensor = torch.cat([get(p) for p in parts])
+        return tensor.T if transposed else tensor
+    shapes = whole_shapes(config)
+    tensors = [(name, dtype, published_shape(shapes, *made), functools.partial(published, *made)) for name, made in published_names(config).items()]
     shards, size = [[]], 0
     for entry in tensors:
         n = math.prod(entry[2]) * dtype.itemsize
@@ -1341,6 +1364,7 @@ def last_states(model, prompts, batch=2048):
 # --- devices, the program -------------------------------------------------------------------------------------------------------------
 
 def pick_device(name):
+    """auto: a GPU where there is one; under torchrun each rank its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -1351,19 +1375,6 @@ def pick_device(name):
 def pick_dtype(name, device):
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     return {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def add_device_flags(parser):
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation; auto is bfloat16 on a GPU, float32 on a CPU")
-
-
-def add_sampling_flags(parser, temperature, max_new):
-    parser.add_argument("--temperature", type=real, default=temperature, help="0 is greedy")
-    parser.add_argument("--top-p", type=real, default=1.0)
-    parser.add_argument("--top-k", type=natural, default=0, help="0 is off")
-    parser.add_argument("--max-new", type=positive, default=max_new, help="tokens at most")
-    parser.add_argument("--seed", type=natural, default=0)
 
 
 def prompt_ids(messages, tokenizer, template):
@@ -1383,7 +1394,6 @@ def template_of(folder, asked):
 
 def reply(model, tokenizer, conversations, template, args, seeds):
     """Answers to conversations: [(text, "stop" or "length")]; a bare text gets a line break before its continuation."""
-    from tqdm import tqdm
     end = "\n" if template == "plain" else ""
     prompts = [prompt_ids([*m[:-1], {**m[-1], "content": m[-1]["content"] + end}], tokenizer, template) for m in conversations]
     with tqdm(total=len(prompts), desc="generate", unit=" replies", disable=None) as bar:
@@ -1418,6 +1428,7 @@ def chat(model, tokenizer, template, args):
 
 
 def info(name):
+    """Print the shape, size and cost of a preset or checkpoint."""
     config = PRESETS[name] if name in PRESETS else read_config(name)[0]
     rows = [[key, value] for key, value in vars(config).items()]
     rows += [["parameters", f"{n_parameters(config):,}"], ["forward GFLOPs a token at full context", f"{flops_per_token(config, config.context) / 1e9:.2f}"],
@@ -1455,9 +1466,13 @@ def main():
             p.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with messages, or with a prompt")
             p.add_argument("--out", required=True, metavar="FILE")
             p.add_argument("--samples", type=positive, default=1, help="replies a prompt")
-        p.add_argument("--template", choices=["plain", "tokens", "koala"], help="None takes the checkpoint's own, else plain")
+        p.add_argument("--template", choices=list(SPECIAL), help="None takes the checkpoint's own, else plain")
         p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be given several times")
-        add_sampling_flags(p, 0.7, 512)
+        p.add_argument("--temperature", type=real, default=0.7, help="0 is greedy; not stated in the paper, this and --max-new are Vicuna's")
+        p.add_argument("--top-p", type=real, default=1.0, help="sample from the likeliest tokens that make up this share; 1 is off")
+        p.add_argument("--top-k", type=natural, default=0, help="sample from so many of the likeliest tokens; 0 is off")
+        p.add_argument("--max-new", type=positive, default=512, help="tokens of a reply at most")
+        p.add_argument("--seed", type=natural, default=0, help="of the sampling")
         add_device_flags(p)
     p = commands.add_parser("export", help="write a checkpoint of either layout in that of Hugging Face", example="python model.py export --model llama-2-7b --out llama-2-7b-hf")
     p.add_argument("--model", required=True, metavar="DIR")

@@ -1,9 +1,10 @@
-"""Fine-tuning on imitation data (paper §4.1; the optimizer is that of the training code the paper names, EasyLM).
+"""Fine-tuning on imitation data (paper §4.1; what it leaves open is read in EasyLM, the training code it names).
 
     torchrun --nproc_per_node=8 train.py --model llama7b --data data/sharegpt-mix/llama7b --out runs/llama7b
 
-NQ-synthetic has a recipe of its own, which is ours: its 0.3M tokens would be 4.6 packed steps, so each of the 6,000 pairs is a
-row, 188 steps with a warm-up of six: --one-per-row --warmup 3%.
+Parameters, moments and the update are float32, the rest is computed in --dtype (not stated in the paper). NQ-synthetic has a recipe
+of its own, which is ours: its 0.3M tokens would be 4.6 packed steps, so each of the 6,000 pairs is a row, 188 steps with a warm-up
+of six: --one-per-row --warmup 3%.
 
 In this file:
     recipe         flags and their defaults, the learning-rate schedule
@@ -32,10 +33,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from data import (Failure, Packed, Parser, UserError, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, print_table, read_json, real, run,
+from data import (Failure, Packed, Parser, UserError, add_device_flags, atomic_dir, count, file_hash, fingerprint, load_tokenizer, locked, natural, positive, print_table, read_json, real, run,
                   same_settings, tokenizer_files, write_json)
-from model import (LOGITS, PRESETS, Safetensors, TensorParallel, Transformer, add_device_flags, config_from_hf, empty_model, flops_per_token, held, is_meta, load_weights, local, n_parameters,
+from model import (LOGITS, PRESETS, Safetensors, TensorParallel, Transformer, config_from_hf, empty_model, flops_per_token, held, is_meta, load_weights, local, n_parameters,
                    open_weights, pick_attention, pick_device, pick_dtype, published_names, read_config, region, save_checkpoint, whole, whole_shapes, write_safetensors)
 
 
@@ -50,33 +52,33 @@ def parse_args():
     p.add_argument("--weights", default="weights", metavar="DIR", help="where presets' checkpoints lie: DIR/llama7b")
     p.add_argument("--data", metavar="DIR", help="packed data; None is data/sharegpt-mix/MODEL")
     p.add_argument("--out", metavar="DIR", help="None is runs/MODEL")
-    p.add_argument("--tokens", type=count, metavar="N", help="use the first N tokens of the stream (20M, 80M, 150M in §4.1); None is all")
+    p.add_argument("--tokens", type=count, metavar="N", help="use the first N tokens of the stream (Table 2 and the figures: 20M, 80M, 150M); None is all")
     p.add_argument("--epochs", type=positive, default=1, help="§4.1: one")
     p.add_argument("--block", type=positive, default=2048, help="tokens a block (§4.1); the model's context where that is shorter")
     p.add_argument("--batch", type=positive, default=32, metavar="BLOCKS", help="blocks a step (§4.1)")
-    p.add_argument("--batch-tokens", type=count, metavar="N", help="tokens a step instead of --batch: 65536 holds the paper's step where the context is shorter than 2048")
+    p.add_argument("--batch-tokens", type=count, metavar="N", help="tokens a step instead of --batch: 65536 holds the paper's step where the context is shorter than 2048 (GPT-2; not stated in the paper)")
     p.add_argument("--micro-batch", type=natural, default=0, metavar="BLOCKS", help="blocks computed at once on a device; 0 is what fits of the device's share")
-    p.add_argument("--one-per-row", action="store_true", help="one conversation a row instead of one stream cut into blocks")
-    p.add_argument("--optimizer", choices=["scaled", "adamw"], default="scaled", help="scaled: updates re-scaled by the magnitude of each weight (§4.1)")
+    p.add_argument("--one-per-row", action="store_true", help="one conversation a row instead of one stream cut into blocks; ours, for NQ-synthetic")
+    p.add_argument("--optimizer", choices=["scaled", "adamw"], default="scaled", help="scaled: updates re-scaled by the magnitude of each weight (§4.1), EasyLM's Adafactor")
     p.add_argument("--lr", type=real, default=2e-3, help="§4.1; for `scaled` a step relative to each tensor's RMS")
     p.add_argument("--warmup", type=steps_or_share, default=1000, metavar="STEPS", help="linear from 0 (§4.1); 3%% is that share of the run")
-    p.add_argument("--decay", choices=["constant", "cosine", "linear"], default="constant", help="after the warm-up; not stated in the paper")
-    p.add_argument("--end-lr", type=real, default=0.0, help="where --decay cosine or linear ends")
+    p.add_argument("--decay", choices=["constant", "cosine", "linear"], default="constant", help="after the warm-up; not stated in the paper, and at 20M tokens nothing comes after it. EasyLM's is cosine")
+    p.add_argument("--end-lr", type=real, default=0.0, help="where --decay cosine or linear ends; not stated in the paper")
     p.add_argument("--weight-decay", type=real, default=1e-4, help="decoupled; not stated in the paper, EasyLM's default")
     p.add_argument("--clip", type=real, default=1.0, help="global gradient norm; not stated in the paper, EasyLM's default")
     p.add_argument("--attention", choices=["auto", "eager", "sdpa", "triton"], default="auto", help="auto is torch's sdpa, and the Triton kernel for --doc-mask on a GPU")
-    p.add_argument("--doc-mask", action="store_true", help="no attention across conversations in a block; off in the paper's code")
+    p.add_argument("--doc-mask", action="store_true", help="no attention across conversations in a block; off in EasyLM")
     p.add_argument("--loss-norm", choices=["row", "token"], default="row", help="row: mean over blocks of each block's mean (EasyLM); token: mean over loss tokens")
-    p.add_argument("--seed", type=natural, default=0, help="of the order of blocks, and of the weights with --init")
+    p.add_argument("--seed", type=natural, default=0, help="of the order of blocks (not stated in the paper), and of the weights with --init")
     p.add_argument("--save-every", type=natural, default=250, metavar="STEPS", help="resumable state; 0 only at the end")
     p.add_argument("--keep", type=positive, default=2, help="resumable states kept")
-    p.add_argument("--replay", type=share_of_blocks, default=0.0, metavar="FRACTION", help="share of the blocks that is pre-training text from --replay-data, on top of the imitation data (§6)")
+    p.add_argument("--replay", type=share_of_blocks, default=0.0, metavar="FRACTION", help="share of the blocks that is pre-training text from --replay-data, on top of the imitation data: the paper's open question")
     p.add_argument("--replay-data", metavar="DIR", help="packed {\"text\"} lines")
-    p.add_argument("--kl", type=real, default=0.0, metavar="BETA", help="weight of KL(base‖model) on the positions that carry loss (§6)")
+    p.add_argument("--kl", type=real, default=0.0, metavar="BETA", help="weight of KL(base‖model) on the positions that carry loss: the same question")
     p.add_argument("--eval-data", metavar="DIR", help="packed data whose loss is logged")
     p.add_argument("--eval-every", type=positive, default=250, metavar="STEPS")
-    p.add_argument("--dp", choices=["auto", "ddp", "fsdp"], default="auto", help="data parallelism under torchrun: replicas, or parameters spread over the ranks; auto is ddp where that fits")
-    p.add_argument("--tp", type=positive, default=1, metavar="N", help="ranks that share one model; they multiply with the data-parallel ones")
+    p.add_argument("--dp", choices=["auto", "ddp", "fsdp"], default="auto", help="data parallelism under torchrun: replicas, or parameters spread over the ranks (§4.1); auto is ddp where that fits")
+    p.add_argument("--tp", type=positive, default=1, metavar="N", help="ranks that share one model (§4.1); they multiply with the data-parallel ones")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: keep each block's input, compute the rest again in the backward pass")
     p.add_argument("--compile", action="store_true", help="torch.compile each block (GPU)")
     p.add_argument("--plan", action="store_true", help="print memory, FLOPs and hours of the run, and stop; needs no weights, no data, no GPU")
@@ -95,17 +97,19 @@ def parse_args():
 
 
 def steps_or_share(text):
+    """An argparse type: '1000' -> 1000 steps, '3%' -> 0.03, a share of the run's."""
     return real(text[:-1]) / 100 if text.endswith("%") else natural(text)
 
 
 def share_of_blocks(text):
+    """An argparse type: a fraction below 1."""
     if not (value := real(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction below 1")
     return value
 
 
 def learning_rate(args, step, steps):
-    """Linear warm-up from 0 at step 0 (as optax's schedules), then constant or decayed to end_lr at the last step."""
+    """Linear warm-up from 0 at step 0 (§4.1; as optax's schedules), then constant or decayed to end_lr at the last step."""
     if step < args.warmup:
         return args.lr * step / args.warmup
     if args.decay == "constant":
@@ -118,7 +122,7 @@ def learning_rate(args, step, steps):
 # --- data order -------------------------------------------------------------------------------------------------------------
 
 class Blocks:
-    """The blocks of a run and their order: a permutation per epoch, a function of (seed, epoch, step) alone.
+    """The blocks of a run (§4.1) and their order: a permutation per epoch, a function of (seed, epoch, step) alone.
 
     `replay`, Blocks of pre-training text: as many of them are mixed in as make up `fraction` of all, in an order drawn once.
     """
@@ -228,6 +232,7 @@ class Ranks:
 
 
 def start_ranks(args, device):
+    """This process's Ranks under torchrun, process groups started; the default ones without it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Ranks()
@@ -314,6 +319,7 @@ def settle(args, config, world, compute, path, memory, loss_share=1.0):
 
 
 def check_world(args, config, world):
+    """UserError where so many ranks cannot share models of this shape by --tp."""
     if world % args.tp or args.tp > config.n_kv_head:
         raise UserError(f"--tp {args.tp}: " + (f"does not divide the {world} ranks" if world % args.tp else f"the model has only {config.n_kv_head} key-value heads to share out")
                         + "; torchrun --nproc_per_node sets the number of ranks, a multiple of --tp")
@@ -375,7 +381,7 @@ def show_plan(args):
 class Optimizer:
     """`scaled`, the optimizer of §4.1 ("gradients re-scaled by the magnitude of each weight"), or AdamW.
 
-    scaled is EasyLM's: an unfactored Adafactor. With g the gradient after clipping the global norm, t from 0:
+    scaled is EasyLM's: an unfactored Adafactor (Shazeer & Stern 2018). With g the gradient after clipping the global norm, t from 0:
         v ← d v + (1 − d)(g² + 1e-30),   d = 1 − (t + 1)^−0.95
         u = g / √v · lr(t) · max(RMS(p), 1e-3)          one RMS per tensor of the published checkpoint
         m ← 0.9 m + 0.1 u                               no bias correction
@@ -432,7 +438,7 @@ class Optimizer:
             torch._foreach_addcdiv_(m, g, torch._foreach_sqrt(v), [0.1 * clip * lr * x for x in scale])
             torch._foreach_mul_(p, 1 - lr * self.weight_decay)
             torch._foreach_sub_(p, m)
-        else:                                                          # Loshchilov & Hutter 2019; betas 0.9, 0.95
+        else:                                                          # Loshchilov & Hutter 2019; betas 0.9, 0.95 as in EasyLM
             torch._foreach_mul_(m, 0.9)
             torch._foreach_add_(m, g, alpha=0.1 * clip)
             root = torch._foreach_sqrt(v)
@@ -666,7 +672,7 @@ class Trainer:
             model.reshard()
 
     @torch.no_grad()
-    def held_out(self, blocks):
+    def eval_loss(self, blocks):
         """Mean loss over the loss tokens of all blocks."""
         n, total = self.args.micro_batch, torch.zeros(2, device=self.device)
         each = -(-blocks.n // self.ranks.dp_size)
@@ -687,6 +693,7 @@ class Trainer:
 
 
 def train(args):
+    """A run from its files to its checkpoint, on every rank alike; continues one that was killed."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *a, **k: None
     check_files(args)
@@ -716,7 +723,7 @@ def train(args):
     totals = {"tokens": 0, "loss_tokens": 0, **({"replay_tokens": 0} if args.replay else {}), **totals}
     if rank == 0 and not record:
         write_json(out / "train.json", {"settings": settings})
-    held_out = Blocks(args.eval_data, args.block, one_per_row=args.one_per_row) if args.eval_data else None
+    eval_blocks = Blocks(args.eval_data, args.block, one_per_row=args.one_per_row) if args.eval_data else None
 
     say(f"{out}: {n_parameters(config):,} parameters, {blocks.n} {'rows' if args.one_per_row else 'blocks'} of {args.block}" + (f" and {blocks.n_replay} replayed" if blocks.n_replay else "")
         + f", {steps} steps" + (f", continuing at step {start}" if start else ""))
@@ -727,7 +734,6 @@ def train(args):
     peak = next((flops for name, flops in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     stop, save_seconds, bad, loss = [], 0.0, 0, float("nan")
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    from tqdm import tqdm
     bar = tqdm(total=steps, initial=start, desc="train", unit=" steps", disable=None if rank == 0 else True)
 
     def write(**entry):
@@ -738,8 +744,8 @@ def train(args):
     with ThreadPoolExecutor(1) as ahead:                               # the next batch is read while this one computes
         coming = ahead.submit(share, args, blocks, start, ranks.dp, ranks.dp_size)
         for step in range(start, steps):
-            if held_out and step % args.eval_every == 0:
-                write(step=step, eval_loss=trainer.held_out(held_out))
+            if eval_blocks and step % args.eval_every == 0:
+                write(step=step, eval_loss=trainer.eval_loss(eval_blocks))
             began = time.perf_counter()
             micro_batches, (n_tokens, n_replayed, n_loss) = coming.result()
             if step + 1 < steps:
@@ -774,8 +780,8 @@ def train(args):
                 say(f"stopped by SIGTERM after step {step + 1}; the same command continues from the last state in {out}/trainer", file=sys.stderr)
                 sys.exit(143)
     bar.close()
-    if held_out:
-        write(step=steps, eval_loss=trainer.held_out(held_out))
+    if eval_blocks:
+        write(step=steps, eval_loss=trainer.eval_loss(eval_blocks))
     save_checkpoint(out, config, trainer.parameter, trainer.dtype, tokenizer, meta["template"] if not args.init else None, writes=rank == 0)
     if rank == 0:
         write_json(out / "train.json", {"settings": settings, "finished": True, "steps": steps, **totals, "final_loss": loss, "parameters": n_parameters(config),

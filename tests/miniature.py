@@ -20,14 +20,13 @@ import json
 import os
 import random
 import re
-import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Parser, UserError, atomic, atomic_dir, file_hash, natural, positive, read_json, read_jsonl, read_replies, run, same_settings, write_json, write_jsonl
+from data import Parser, UserError, atomic, atomic_dir, file_hash, natural, positive, proportion, read_json, read_jsonl, read_replies, run, same_settings, write_json, write_jsonl
 
 
 # --- the world -------------------------------------------------------------------------------------------------------------
@@ -530,7 +529,7 @@ def check(world_folder, files, out):
             samples.append({"index": i, "category": record.get("category"), "query": query, "sentences": labelled, **mine})
             for metric, share in mine.items():
                 shares.setdefault(metric, []).append(share)
-        metrics = {metric: {"score": statistics.fmean(values), "stderr": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None, "n": len(values)} for metric, values in shares.items()}
+        metrics = {metric: proportion(values) for metric, values in shares.items()}
         write_jsonl(Path(out) / name / "samples.jsonl", samples)
         write_json(Path(out) / name / "results.json", {"task": "facts", "model": {"name": name, "endpoint": name.startswith("teacher")}, "metrics": metrics, "settings": {"world": world.seed, "a_hash": file_hash(file)}})
         print(f"{name}: " + ", ".join(f"{metric.replace('_', ' ')} {m['score']:.3f}" for metric, m in metrics.items()))

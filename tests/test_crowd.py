@@ -115,7 +115,7 @@ def test_a_study_killed_in_the_middle_of_a_line_goes_on_where_it_stopped(pair, t
         state = server.next("ann")
         for _ in range(3):
             state = server.next("ann", state["task"])
-        before, texts = server.ratings(), state["answers"]
+        before = server.ratings()
         server.process.send_signal(signal.SIGKILL)
     with open(tmp_path / "o/ratings.jsonl", "ab") as f:
         f.write(b'{"rater": "ann", "exam')
@@ -131,7 +131,7 @@ def test_a_study_killed_in_the_middle_of_a_line_goes_on_where_it_stopped(pair, t
 def test_a_pair_left_alone_goes_to_others_when_its_lease_ends_and_a_late_choice_still_counts(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(E.time, "monotonic", lambda: now[0])
-    study = E.Study({"x": {"turns": [], "a": "1", "b": "2"}}, [], E.GrowingFile(tmp_path / "r"), 1, 100, "secret")
+    study = E.CrowdStudy({"x": {"turns": [], "a": "1", "b": "2"}}, [], E.GrowingFile(tmp_path / "r"), 1, 100, "secret")
     task = study.deal("ann")["task"]
     now[0] = 99
     assert study.deal("ben") == {"done": 0, "left": 1}                   # it is on ann's screen
@@ -149,7 +149,7 @@ def test_requests_at_the_same_moment_neither_overbook_nor_count_twice(tmp_path):
             time.sleep(0.02)
             super().append(record)
 
-    class SlowStudy(E.Study):
+    class SlowStudy(E.CrowdStudy):
         def draw(self, *what):
             time.sleep(0.002)
             return super().draw(*what)
@@ -167,7 +167,7 @@ def test_requests_at_the_same_moment_neither_overbook_nor_count_twice(tmp_path):
 
 
 def test_the_fewest_ratings_come_first_and_nobody_rates_twice(tmp_path):
-    study = E.Study({str(i): {"turns": [], "a": "1", "b": "2"} for i in range(8)}, [], E.GrowingFile(tmp_path / "r"), 3, 100, "secret")
+    study = E.CrowdStudy({str(i): {"turns": [], "a": "1", "b": "2"} for i in range(8)}, [], E.GrowingFile(tmp_path / "r"), 3, 100, "secret")
     for k in range(16):
         study.rate(f"r{k}", study.deal(f"r{k}")["task"], "first", "")
         assert max(study.counts.values()) - min(study.counts[str(i)] for i in range(8)) <= 1
@@ -197,7 +197,7 @@ def test_the_order_is_drawn_per_rater_and_example_and_nothing_else_tells_the_two
     for word in ("ours", "teacher", "gpt", "zoology", secret, "reference", "ratings.jsonl"):
         assert word not in "".join(traffic) + page + str(headers)
     assert {("left", "right")[r["order"] == "ba"] for r in E.read_ratings(tmp_path / "o", {str(i) for i in range(200)}) if orders[r["rater"]][f"query {r['example']}"] == "left"} == {"left"}
-    study = E.Study({"x": {"turns": [], "a": "1", "b": "2"}}, [], E.GrowingFile(tmp_path / "r"), 3, 100, "another")
+    study = E.CrowdStudy({"x": {"turns": [], "a": "1", "b": "2"}}, [], E.GrowingFile(tmp_path / "r"), 3, 100, "another")
     assert study.draw("task", "ann", "0") not in "".join(traffic)                         # who does not know the secret cannot compute a task, nor its order
 
 
@@ -254,7 +254,7 @@ def test_a_rating_that_could_not_be_written_is_not_counted(tmp_path, capsys):
                 return super().append(record)
             raise OSError(28, "No space left on device")
     server = E.CrowdServer(("127.0.0.1", 0), E.CrowdHandler)
-    server.study = E.Study({"x": {"turns": [], "a": "1", "b": "2"}}, [], Full(tmp_path / "r"), 3, 100, "secret")
+    server.study = E.CrowdStudy({"x": {"turns": [], "a": "1", "b": "2"}}, [], Full(tmp_path / "r"), 3, 100, "secret")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     client, full = type("Client", (Served,), {"__init__": lambda self: setattr(self, "host", f"127.0.0.1:{server.server_port}")})(), True
     task = client.next("ann")["task"]

@@ -34,7 +34,7 @@ def test_loss_mask_token_by_token(name, tokenizer):
     turns, want = CONVERSATIONS[name]
     ids, mask = data.render([{"role": r, "content": c} for r, c in turns], tokenizer, "tokens")
     special = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"} | {i: n for n, i in tokenizer.added.items()}
-    text, run, at = [], [], 0
+    text, run = [], []
     for i, m in [*zip(ids, mask), (None, None)]:
         if run and (i in special or i is None or m != run[0][1]):
             text.append((tokenizer.sp.decode([j for j, _ in run]), run[0][1]))

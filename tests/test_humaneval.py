@@ -149,7 +149,7 @@ def test_canonical_solutions_pass_all(problems, style, box):
         whole = p["prompt"] + p["canonical_solution"]
         return {"completion": p["canonical_solution"], "fenced": f"Here:\n```python\n{whole}```\nI hope it helps.", "bare body": f"```\n{p['canonical_solution'].strip()}\n```"}[style]
     asked = [p for i, p in enumerate(problems) if style == "completion" or (i % 2 == 0) == (style == "fenced")]
-    verdicts = E.judge([(E.program_of(p, reply(p), style != "completion"), p["test"], p["entry_point"]) for p in asked], 2, 10.0)
+    verdicts = E.run_programs([(E.program_of(p, reply(p), style != "completion"), p["test"], p["entry_point"]) for p in asked], 2, 10.0)
     assert [(p["task_id"], v) for p, v in zip(asked, verdicts) if v != "passed"] == []
     assert len(asked) == (164 if style == "completion" else 82)
 
@@ -315,8 +315,8 @@ def test_numpy_is_at_hand(box):
 
 def test_many_workers_keep_the_order(box):
     jobs = [(RIGHT if i % 3 else WRONG, CHECK, "f") for i in range(40)]
-    assert [v == "passed" for v in E.judge(jobs, 4, 10.0)] == [bool(i % 3) for i in range(40)]
-    assert E.judge([], 4) == []
+    assert [v == "passed" for v in E.run_programs(jobs, 4, 10.0)] == [bool(i % 3) for i in range(40)]
+    assert E.run_programs([], 4) == []
 
 
 def _as_user(queue, source):

@@ -143,7 +143,7 @@ def test_a_megabyte_without_a_space_is_one_word(gpt2, theirs):
 
 
 def test_the_cache_of_words_stays_bounded_and_right(monkeypatch, gpt2):
-    words = data.Words(gpt2.merge)
+    words = data.WordCache(gpt2.merge)
     plain = lambda i: gpt2.merge(f" w{i}")
     for i in range(1 << 19):
         dict.__setitem__(words, i, ())
