@@ -2,6 +2,7 @@
 
 GPT-2's ids are held against transformers' GPT2Tokenizer and against BPE written in the plainest way over the same ranks.
 """
+import argparse
 import gzip
 import json
 import os
@@ -13,9 +14,11 @@ import unicodedata
 import pytest
 import regex
 import tokenizers
+import torch
 import transformers
 
 import data
+import model as M
 from conftest import ROOT, lines_of, one_line, program
 
 KINDS = ["llama", "gpt2_bpe", "json"]
@@ -303,6 +306,29 @@ def test_transformers_reads_the_exported_tokenizer_and_template(tokenizer, templ
         for answer in (False, True):
             got = theirs.apply_chat_template(messages, add_generation_prompt=answer, tokenize=True, return_dict=False)
             assert got == data.render(messages, tokenizer, template, answer=answer)[0], (messages, answer)
+
+
+@pytest.mark.parametrize("template", ["tokens", "koala"])
+def test_transformers_chats_as_we_do(tokenizer, template, tmp_path):
+    """From messages to greedy text, several turns and a system message among them; some answers end with EOS, some at the limit."""
+    config = M.llama(2, 2, 32, 48, vocab_size=tokenizer.vocab_size, context=256, bos=tokenizer.bos, eos=tokenizer.eos)
+    draft = M.Transformer(config).initialize(1)
+    state = dict(draft.named_parameters())
+    for p in state.values():
+        p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    chats = [[{"role": "user", "content": f"What is {word}?"}] for word in ("a ruby", " home", "2 + 2", "“é”")]
+    chats += [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}, {"role": "user", "content": "Go on"}]]
+    drafts = M.generate(draft, [M.prompt_ids(messages, tokenizer, template) for messages in chats], 16)
+    last = next(i for i in drafts[0] if any(i not in d for d in drafts))
+    state["head.weight"].data[tokenizer.eos] = 1.01 * state["head.weight"].data[last]     # the first answer ends there
+    M.save_checkpoint(tmp_path, config, lambda n: state[n], torch.float32, tokenizer, template)
+    ours = M.reply(M.load(tmp_path), data.load_tokenizer(tmp_path), chats, template, argparse.Namespace(max_new=16, temperature=0.0, top_k=0, top_p=1.0, stop=[]), [0] * len(chats))
+    model, theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages, (text, _) in zip(chats, ours):
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)[0]
+        assert theirs.decode(out[prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip() == text.strip()
+    assert {finish for _, finish in ours} == {"stop", "length"}
 
 
 def test_a_base_model_keeps_its_own_chat_template(json_folder, tmp_path):
