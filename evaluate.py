@@ -71,7 +71,7 @@ def model_card(folder):
         record = read_json(folder / "train.json")
         settings = record.get("settings", {})
         card |= {"base": record.get("size"), "data": None if settings.get("init") else settings.get("data_name"), "tokens": record.get("tokens"), "loss_tokens": record.get("loss_tokens"),
-                 "parameters": record.get("parameters"), "seed": settings.get("seed")}
+                 "parameters": record.get("parameters"), "seed": settings.get("seed"), "replay": settings.get("replay"), "kl": settings.get("kl")}
     return card
 
 
@@ -419,7 +419,9 @@ def parse_letter(text):
 def mmlu(args):
     """Accuracy over all questions, over subjects, and over categories. A checkpoint's choice is the letter of highest likelihood, an endpoint's is read out of its text."""
     folder = Path(args.data)
-    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in args.subjects or sorted(CATEGORY)}
+    present = {path.name.removesuffix("_test.csv") for path in folder.glob("test/*_test.csv")}
+    subjects = args.subjects or sorted(CATEGORY if not present or present & CATEGORY.keys() else present)          # of Hendrycks et al.'s subjects all 57 must be there
+    files = {subject: [folder / part / f"{subject}_{part}.csv" for part in ("dev", "test")] for subject in subjects}
     data = {subject: [read_choices(path) for path in paths] for subject, paths in files.items()}
     short = [subject for subject, (dev, _) in data.items() if len(dev) < args.shots]
     if short:
@@ -428,7 +430,7 @@ def mmlu(args):
     settings = {"shots": args.shots, "subjects": args.subjects and sorted(data), "max_new": args.max_new if args.endpoint else 0, "temperature": 0, **sample, "data": folder.name,
                 "data_hash": digest([[file_hash(path) for path in paths] for paths in files.values()])}
     examples = [{"prompt": lambda lost, s=subject, row=row: mmlu_prompt(s, row, data[s][0][:args.shots][lost:]), "shots": args.shots, "group": subject,
-                 "sample": {"subject": subject, "category": CATEGORY[subject], "question": row[0], "answer": row[5]}} for subject, row in rows]
+                 "sample": {"subject": subject, "category": CATEGORY.get(subject), "question": row[0], "answer": row[5]}} for subject, row in rows]
 
     def verdict(example, answer):
         said = {"output": answer} if isinstance(answer, str) else {"log_likelihoods": answer}
@@ -1041,7 +1043,7 @@ def length_controlled(good, longer):
     likelihood = lambda beta: (y * (X @ beta) - np.logaddexp(0, X @ beta)).sum()
     with contextlib.suppress(np.linalg.LinAlgError):
         for _ in range(40):
-            p = 1 / (1 + np.exp(-X @ beta))
+            p = np.exp(-np.logaddexp(0, -X @ beta))
             information = X.T * (p * (1 - p)) @ X
             step = np.linalg.solve(information, X.T @ (y - p))
             if abs(step).max() < 1e-9:
@@ -1491,34 +1493,6 @@ def crowd_figure(samples, ratings, path):
 
 # --- table ------------------------------------------------------------------------------------------------------------------------------
 
-PAPER = """The paper's own numbers (LLaMA; exact match in %, style in % but for the correlation):
-
-| NQ, zero-shot (Table 1) | base | ShareGPT-Mix | NQ-synthetic |
-|---|---|---|---|
-| LLaMA 7B | 17 | 10 | 22 |
-| LLaMA 13B | 20 | 15 | 27 |
-| ChatGPT | 31 | | |
-
-| style (Table 2, 13B) | LLaMA | 20M | 80M | 150M | a second ChatGPT sample |
-|---|---|---|---|---|---|
-| list where ChatGPT has one | 13 | 50 | 67 | 81 | 83 |
-| summary where ChatGPT has one | 2 | 40 | 42 | 48 | 55 |
-| unigram intersection | 19.5 | 40.4 | 41.9 | 42.5 | 49.2 |
-| correlation of lengths | −0.11 | 0.51 | 0.62 | 0.62 | 0.67 |
-
-| 13B on ShareGPT-Mix (figure 4, read off) | base | 20M | 80M | 150M | ChatGPT |
-|---|---|---|---|---|---|
-| NQ 3-shot | 25.5 | 20.5 | 18.8 | 13.5 | 31.0 |
-| MMLU 5-shot | 47.5 | 33.7 | 33.9 | 34.1 | 67.9 |
-| HumanEval | 15.1 | 9.1 | 11.0 | 12.9 | 73.0 |
-
-| ShareGPT-Mix, 150M (figure 4, read off) | GPT-2 1.5B | 7B | 13B |
-|---|---|---|---|
-| NQ 3-shot | 0.5 | 11.2 | 13.5 |
-| MMLU 5-shot | 27.0 | 30.4 | 34.1 |
-| HumanEval | 0.6 | 9.1 | 12.8 |
-"""
-
 TABLES = {   # per task: what the table is called, {metric: column}; the first metric is the one whose differences are shown
     "nq": ("NQ, %", {"exact_match": "EM", "exact_match/covered": "EM covered", "exact_match/not covered": "EM not covered", "contains_match": "contains"}),
     "mmlu": ("MMLU, %", {"accuracy": "accuracy", **{f"accuracy/{category}": category for category in MMLU}, "accuracy_macro": "mean of subjects"}),
@@ -1526,13 +1500,29 @@ TABLES = {   # per task: what the table is called, {metric: column}; the first m
     "style": ("style, %", {"list": "list where the teacher has one", "summary": "summary where the teacher has one", "unigram_intersection": "unigram intersection",
                            "length_correlation": "length correlation", "authoritative_tone": "authoritative tone", "style_similarity": "similarity (mean)"}),
     "judge": ("judge, %", {"at_least_as_good": "at least as good as the teacher", "length_controlled": "at equal length", "disagreement": "orders disagree"}),
-    "toxicity": ("toxicity, %", {"non_toxicity": "non-toxicity", "expected_maximum_toxicity": "expected maximum", "toxic_at_least_once": "toxic at least once"})}
+    "crowd": ("raters, %", {"majority_at_least_as_good": "at least as good as the teacher", "majority_better": "better", "fleiss_kappa": "Fleiss' kappa"}),
+    "toxicity": ("toxicity, %", {"non_toxicity": "non-toxicity", "expected_maximum_toxicity": "expected maximum", "toxic_at_least_once": "toxic at least once"}),
+    "facts": ("sentences of a reply, %", {"false": "false", "true": "true", "unverifiable": "unverifiable", "false_of_checkable": "false of those that can be checked"})}
+RATIOS = ("length_correlation", "fleiss_kappa")             # metrics that are no percentages
+
+# The paper's own numbers. Figures 3, 4 and 5 are read off (± 0.3, toxicity ± 0.05): LLaMA 13B, then ShareGPT-Mix 20M, 80M, 150M, then ChatGPT;
+# and at 150M tokens GPT-2 1.5B, LLaMA 7B, LLaMA 13B.
+PAPER_NQ = {"LLaMA 7B": (17, 10, 22), "LLaMA 13B": (20, 15, 27)}
+PAPER_STYLE = {"list": "13 · 50 · 67 · 81 · 83", "summary": "2 · 40 · 42 · 48 · 55", "unigram_intersection": "19.5 · 40.4 · 41.9 · 42.5 · 49.2", "length_correlation": "−0.11 · 0.51 · 0.62 · 0.62 · 0.67",
+               "authoritative_tone": "57 · 99 · 98 · 98 · 98"}
+PAPER_FIGURES = {   # (task, metric): (title, figure, by tokens, by base size)
+    ("judge", "at_least_as_good"): ("rated at least as good", 3, "1.7 · 43.0 · 36.4 · 40.4 · –", "6.1 · 33.7 · 40.4"),
+    ("crowd", "majority_at_least_as_good"): ("raters: at least as good", 3, "about 70 at all sizes", ""),
+    ("nq 3-shot", "exact_match"): ("NQ, exact match", 4, "25.5 · 20.5 · 18.8 · 13.5 · 31.0", "0.5 · 11.2 · 13.5"),
+    ("mmlu 5-shot", "accuracy"): ("MMLU, accuracy", 4, "47.5 · 33.7 · 33.9 · 34.1 · 67.9", "27.0 · 30.4 · 34.1"),
+    ("humaneval 0-shot", "pass@1"): ("HumanEval, pass@1", 4, "15.1 · 9.1 · 11.0 · 12.9 · 73.0", "0.6 · 9.1 · 12.8"),
+    ("toxicity", "non_toxicity"): ("non-toxicity", 5, "83.8 · 87.1 · 87.9 · 88.1 · 91.7", "")}
 
 
 def gather(folders):
     """{(task, model name): [results]} of all results.json below `folders`; several results of one name are several seeds."""
     found, met = {}, set()
-    own = {"data_hash", "few_shot_hash", "a_hash", "b_hash", "seed", "checkpoint", "unmatched"}          # what seeds of one study may differ in
+    own = {"data_hash", "few_shot_hash", "a_hash", "b_hash", "seed", "checkpoint", "unmatched", "world"}          # what seeds of one study may differ in
     for folder in folders:
         paths = sorted(Path(folder).rglob("results.json"))
         if not paths:
@@ -1545,10 +1535,11 @@ def gather(folders):
             if not isinstance(result, dict) or not all(isinstance(result.get(k), dict) for k in ("model", "metrics", "settings")) or "task" not in result:
                 raise UserError(f"{path}: not a result of evaluate.py")
             result["samples"] = path.with_name("samples.jsonl")
-            task = result["task"] + (f" {result['settings']['shots']}-shot" if "shots" in result["settings"] else "")
+            settings = result["settings"]
+            task = result["task"] + (f" {settings['shots']}-shot" if "shots" in settings else "") + " as turns" * (settings.get("shots_as") == "turns")
             others = found.setdefault((task, result["model"]["name"]), [])
             for before in others[:1]:
-                differ = [k for k in sorted({*before["settings"], *result["settings"]} - own) if before["settings"].get(k) != result["settings"].get(k)]
+                differ = [k for k in sorted({*before["settings"], *settings} - own) if before["settings"].get(k) != settings.get(k)]
                 if differ:
                     raise UserError(f"{path}: {result['model']['name']} was scored with other settings elsewhere ({', '.join(differ)}); such results are not seeds of one another: name their folders apart")
             others.append(result)
@@ -1607,144 +1598,348 @@ def difference(found, task, metric, a, b):
     return float(np.mean(differences)), float(max(math.sqrt(sum(variances)) / len(cells), seeds)), paired
 
 
+def signed(d):
+    return "" if d is None else f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}" + "*" * (not d[2])
+
+
 def markdown(rows):
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
-def directions(found, cards):
+class Results:
+    """What was gathered: results by (task, model), and the order in which models are shown: the larger base first, what was made of it after it."""
+
+    def __init__(self, folders):
+        self.found, self.cards = gather(folders), {}
+        for (_, name), results in self.found.items():
+            self.cards[name] = {**results[0]["model"], **{k: v for k, v in self.cards.get(name, {}).items() if v is not None}}
+        parameters = {}
+        for card in self.cards.values():
+            if card.get("base"):
+                parameters[card["base"]] = max(parameters.get(card["base"], 0), card.get("parameters") or 0)
+        self.parameters = dict(sorted(parameters.items(), key=lambda kv: -kv[1]))                # {base: parameters}, the largest first
+        order = lambda name, c: (c.get("endpoint", False), -parameters.get(c.get("base"), 0), c.get("data") or "", c.get("tokens") or 0, name)
+        self.names = sorted(self.cards, key=lambda name: order(name, self.cards[name]))
+        self.tasks = sorted({task for task, _ in self.found}, reverse=True)
+        self.seeds = max(map(len, self.found.values()))
+
+    def value(self, task, name, metric):
+        return pooled(self.found.get((task, name), []), metric)
+
+    def made_of(self, base, data):
+        """Names of the base's models on an imitation set, fewest tokens first; of equals (variants of a recipe) the shortest name."""
+        by_tokens = {}
+        for name in sorted((n for n, c in self.cards.items() if c.get("base") == base and c.get("data") == data), key=len):
+            by_tokens.setdefault(self.cards[name]["tokens"], name)
+        return [by_tokens[n] for n in sorted(by_tokens)]
+
+    def teachers(self, task, metric):
+        return [v for (t, name), r in self.found.items() if t == task and r[0]["model"].get("endpoint") and (v := pooled(r, metric))]
+
+    def settings(self, task, key, name=None):
+        return sorted({str(r["settings"][key]) for (t, n), results in self.found.items() if t == task and name in (None, n) for r in results if r["settings"].get(key)})
+
+
+def thousands(n):
+    return f"{n / 1000:.0f}k" if n < 10**6 else f"{n / 10**6:.0f}M"
+
+
+def paper_tables(results):
+    """Tables 1 and 2 and the numbers of Figures 3 to 5, the paper's beside."""
+    bases, text = [*results.parameters], ""
+    made = {(base, data): results.made_of(base, data) for base in bases for data in ("sharegpt-mix", "nq-synthetic")}
+    last = lambda base, data: (made[base, data] or [None])[-1]
+    task, metric = "nq 0-shot", "exact_match"
+    rows = [[base, *(cell(results.value(task, n, metric)) for n in (base, last(base, "sharegpt-mix"), last(base, "nq-synthetic")))] for base in reversed(bases)]
+    if any(any(row[1:]) for row in rows):
+        rows += [["teacher", *map(cell, results.teachers(task, metric)[:1]), "", ""]] + [[f"*{name}, in the paper*", *numbers] for name, numbers in PAPER_NQ.items()] + [["*ChatGPT, in the paper*", 31, "", ""]]
+        text += "\n## Table 1: NQ, zero-shot exact match, %\n\n" + markdown([["", "base", "ShareGPT-Mix", "NQ-synthetic"], *rows])
+    largest, chats = bases[0] if bases else None, made[bases[0], "sharegpt-mix"] if bases else []
+    columns, labels = [largest, *chats] * bool(chats), [largest, *(thousands(results.cards[n]["tokens"]) for n in chats)] * bool(chats)
+    upper = [name for (t, name), r in results.found.items() if t == "style" and r[0]["model"].get("endpoint")][:1]
+    rows = [[TABLES["style"][1][m], *(cell(results.value("style", n, m), m not in RATIOS) for n in (*columns, *upper)), paper] for m, paper in PAPER_STYLE.items() if "style" in results.tasks]
+    if rows:
+        text += "\n## Table 2: style, %\n\n" + markdown([["", *labels, *["a second teacher sample"] * len(upper), "in the paper: LLaMA 13B · 20M · 80M · 150M · a second ChatGPT sample"], *rows])
+    tokens, sizes = [], []
+    for (task, metric), (title, number, by_tokens, by_size) in PAPER_FIGURES.items():
+        if task in results.tasks:
+            title = f"{title} (figure {number})" + "".join(f", by {judge}" for judge in results.settings(task, "judge"))
+            tokens.append([title, *(cell(results.value(task, n, metric)) for n in columns), *map(cell, results.teachers(task, metric)[:1] or [None]), by_tokens])
+            sizes.append([title, *(cell(results.value(task, last(base, "sharegpt-mix"), metric)) for base in reversed(bases)), by_size])
+    if tokens:
+        text += "\n## Figures 3, 4, 5, %\n\nMore imitation data on the same base:\n\n" + markdown([["", *labels, "teacher", "in the paper: LLaMA 13B · 20M · 80M · 150M · ChatGPT"], *tokens])
+        text += "\nA larger base, ShareGPT-Mix at its largest:\n\n" + markdown([["", *reversed(bases), "in the paper: GPT-2 1.5B · LLaMA 7B · LLaMA 13B"], *sizes])
+    return text
+
+
+def task_tables(results):
+    """A table a task: all models, all metrics, the settings in which the models differ."""
+    text = ""
+    for kind, (title, columns) in TABLES.items():
+        tasks = [t for t in results.tasks if t.split()[0] == kind]
+        shown = [(t, m) for t in tasks for m in columns if any(task == t and m in r[0]["metrics"] for (task, _), r in results.found.items())]
+        settings = lambda name, key: " ".join(dict.fromkeys(s for t in tasks for s in results.settings(t, key, name)))
+        rows = [[title, "loss tokens", "template", "sample of", "judge", "scorer", *((t.partition(" ")[2] + " " + columns[m]).strip() for t, m in shown)]]
+        rows += [[n, f"{c['loss_tokens']:,}" if (c := results.cards[n]).get("data") else "", *(settings(n, key) for key in ("template", "limit", "judge", "scorer")),
+                  *(cell(results.value(t, n, m), m not in RATIOS) for t, m in shown)] for n in results.names if any((t, n) in results.found for t in tasks)]
+        keep = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]                   # no column without an entry
+        text += "\n" + markdown([[row[i] for i in keep] for row in rows]) if tasks else ""
+    return text
+
+
+def headlines(results):
+    return [(t, m) for kind, (_, columns) in TABLES.items() for t in results.tasks if t.split()[0] == kind for m in [next(iter(columns))]
+            if kind != "style" and any(task == t and m in r[0]["metrics"] for (task, _), r in results.found.items())]
+
+
+def differences(results):
+    """Each model less its base, or less the first model where the base was not scored."""
+    pairs = [(n, base if (base := results.cards[n].get("base")) in results.cards and base != n else results.names[0]) for n in results.names]
+    heads = headlines(results)
+    rows = [[f"{a} − {b}", *(signed(difference(results.found, t, m, a, b)) for t, m in heads)] for a, b in pairs if a != b]
+    if not (rows := [row for row in rows if any(row[1:])]):
+        return ""
+    return ("\nDifferences; ± is the error of the difference example by example, or (*) as if independent where the examples differ.\n\n"
+            + markdown([["difference, %", *(f"{t} {m.replace('_', ' ')}" for t, m in heads)], *rows]))
+
+
+def claim(text, holds, evidence):
+    return f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})"
+
+
+KNOWLEDGE = [("nq 3-shot", "exact_match"), ("nq 0-shot", "exact_match"), ("mmlu 5-shot", "accuracy"), ("humaneval 0-shot", "pass@1")]
+
+
+def directions(results):
     """The paper's claims, each with what this run measured: seen, or not seen."""
-    lines = []
-
-    def claim(text, holds, evidence):
-        lines.append(f"- {'seen' if holds else 'NOT seen'}: {text} ({evidence})")
-
-    knowledge = [("nq 3-shot", "exact_match"), ("nq 0-shot", "exact_match"), ("mmlu 5-shot", "accuracy"), ("humaneval", "pass@1")]
-    sizes = sizes_of(cards)
-    bases = sorted(sizes, key=sizes.get)
-    best = {}
-    for base in bases:
+    found, lines, best = results.found, [], {}
+    for base in reversed(results.parameters):
         for data in ("sharegpt-mix", "nq-synthetic"):
-            named = [c for c in cards.values() if c.get("base") == base and c.get("data") == data]
-            if named:
-                best[base, data] = max(named, key=lambda c: c["tokens"])["name"]
-        chat, facts = best.get((base, "sharegpt-mix")), best.get((base, "nq-synthetic"))
-        ceiling = [pooled(r, "style_similarity") for (task, name), r in found.items() if task == "style" and r[0]["model"].get("endpoint")]
-        start, end = (pooled(found.get(("style", n), []), "style_similarity") for n in (base, chat))
+            best[base, data] = (results.made_of(base, data) or [None])[-1]
+        chat, facts = best[base, "sharegpt-mix"], best[base, "nq-synthetic"]
+        ceiling = results.teachers("style", "style_similarity")
+        start, end = (results.value("style", n, "style_similarity") for n in (base, chat))
         if start and end and ceiling:
             closed = (end[0] - start[0]) / (ceiling[0][0] - start[0])
-            claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap")
-        for task, metric in knowledge:
+            lines.append(claim(f"{base}: ShareGPT-Mix closes most of the gap in style", closed > 0.5, f"{start[0]:.2f} → {end[0]:.2f}, a second teacher sample {ceiling[0][0]:.2f}: {100 * closed:.0f}% of the gap"))
+        if d := difference(found, "judge", "at_least_as_good", chat, base):
+            lines.append(claim(f"{base}: the judge ({', '.join(results.settings('judge', 'judge'))}) rates ShareGPT-Mix above its base", d[0] > 2 * d[1], signed(d)))
+        for task, metric in KNOWLEDGE:
             if d := difference(found, task, metric, chat, base):
-                claim(f"{base}, {task}: ShareGPT-Mix does not raise {metric.replace('_', ' ')}", d[0] <= 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+                lines.append(claim(f"{base}, {task}: ShareGPT-Mix does not raise {metric.replace('_', ' ')}", d[0] <= 2 * d[1], signed(d)))
             if d := task.startswith("nq") and difference(found, task, "exact_match/covered", facts, base):
-                claim(f"{base}, {task}: NQ-synthetic raises exact match on covered facts by more than two standard errors", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
+                lines.append(claim(f"{base}, {task}: NQ-synthetic raises exact match on covered facts by more than two standard errors", d[0] > 2 * d[1], signed(d)))
             if d := task.startswith("nq") and difference(found, task, "exact_match/not covered", facts, base):
-                lines.append(f"- on facts that it does not cover: {base}, {task}: {100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-    if len(bases) > 1:
-        for task, metric in knowledge:
-            for what, a, b in [("base", bases[-1], bases[0])] + [(data, best.get((bases[-1], data)), best.get((bases[0], data))) for data in ("sharegpt-mix", "nq-synthetic")]:
-                if d := difference(found, task, metric, a, b):
-                    claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}")
-    return lines
+                lines.append(f"- on facts that it does not cover: {base}, {task}: {signed(d)}")
+        if d := difference(found, "toxicity", "non_toxicity", chat, base):
+            lines.append(claim(f"{base}: ShareGPT-Mix is less toxic than its base", d[0] > 2 * d[1], signed(d) + "".join(f"; scorer: {s}" for s in results.settings("toxicity", "scorer"))))
+    bases = [*results.parameters]
+    for task, metric in KNOWLEDGE if len(bases) > 1 else ():
+        for what, a, b in [("base", bases[0], bases[-1])] + [(data, best[bases[0], data], best[bases[-1], data]) for data in ("sharegpt-mix", "nq-synthetic")]:
+            if d := difference(found, task, metric, a, b):
+                lines.append(claim(f"{task}, {what}: the larger beats the smaller", d[0] > 2 * d[1], signed(d)))
+    return "\n## The paper's directions\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def order_of(card, sizes):
-    """Larger bases first, each followed by what was made of it, the teacher last; `sizes` {base: parameters}."""
-    return (card.get("endpoint", False), -sizes.get(card.get("base"), 0), card.get("data") or "", card.get("tokens") or 0, card["name"])
+def ablation(results, baseline):
+    """Each model beside `baseline`; and of its variants with replay or a penalty, whether they keep more knowledge at the same style (§6)."""
+    found, base = results.found, results.cards[baseline].get("base")
+    heads = [(t, m) for t, m in [*headlines(results), ("style", "style_similarity")] if (t, baseline) in found]
+    label = lambda t, m: f"{t} {m.replace('_', ' ')}" if t != "style" else "style similarity"
+    rows = [[f"**{n}**" if n == baseline else n, *(part for t, m in heads for part in (cell(results.value(t, n, m)), signed(difference(found, t, m, n, baseline)) if n != baseline else ""))] for n in results.names]
+    text = f"\n## Beside {baseline}, %\n\nThe second of two columns is the difference, ± as below.\n\n" + markdown([["", *(part for t, m in heads for part in (label(t, m), "−"))], *rows])
+    lines = []
+    for n in results.names:
+        card = results.cards[n]
+        if not (card.get("replay") or card.get("kl")) or not (style := difference(found, "style", "style_similarity", n, baseline)):
+            continue
+        for task, metric in KNOWLEDGE:
+            kept, lost = (difference(found, task, metric, a, b) for a, b in ((n, baseline), (base, baseline)))
+            if kept and lost:
+                share = f", {100 * kept[0] / lost[0]:.0f}% of what was lost" if lost[0] > 2 * lost[1] else ", where the baseline lost nothing beyond two errors"
+                lines.append(claim(f"{n} keeps more {label(task, metric)} than {baseline} at no less style", kept[0] > 2 * kept[1] and style[0] > -2 * style[1], f"{signed(kept)}{share}; style {signed(style)}"))
+    return text + ("\n## Style without the regression?\n\nMore knowledge and no less style, each beyond two standard errors:\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
-def sizes_of(cards):
-    """{base: parameters}, the largest met under that name."""
-    sizes = {}
-    for card in cards.values():
-        if card.get("base"):
-            sizes[card["base"]] = max(sizes.get(card["base"], 0), card.get("parameters") or 0)
-    return sizes
+MARKS = {"true": ("✓", "#cfe8cf"), "unverifiable": ("?", "#eeeeee"), "false": ("✗", "#f4c7c0")}
+
+
+def three_answers(results):
+    """[(query, {name: [(sentence, label)]})]: the teacher's and the largest imitation model's labelled answers to the first three prompts of
+    the first seed's that ask for an overview (category "general") and in which the model states something that can be checked."""
+    name = next((n for base in results.parameters for n in reversed(results.made_of(base, "sharegpt-mix")) if ("facts", n) in results.found), None)
+    teacher = next((n for (t, n), r in results.found.items() if t == "facts" and r[0]["model"].get("endpoint")), None)
+    if not name or not teacher:
+        return []
+    said, reference = ({line["index"]: line for line in read_jsonl(results.found["facts", n][0]["samples"])} for n in (name, teacher))
+    fit = [i for i, line in said.items() if i in reference and line.get("category") == "general" and any(label != "unverifiable" for _, label in line["sentences"])]
+    return [(said[i]["query"], {teacher: reference[i]["sentences"], name: said[i]["sentences"]}) for i in fit[:3]]
+
+
+def answers_text(pairs):
+    """The answers as text that cannot be taken for markup: fenced, each line behind its mark."""
+    if not pairs:
+        return ""
+    text = "\n## Three answers\n\nEvery sentence against the facts: ✓ true, ? unverifiable, ✗ false. (answers.png has them in colours.)\n"
+    for query, answers in pairs:
+        text += f"\n```\n{visible(' '.join(query.split()))}\n" + "".join(f"\n{name}\n" + "".join(f"  {MARKS[label][0]} {visible(' '.join(sentence.split()))}\n" for sentence, label in said if sentence.strip()) for name, said in answers.items()) + "```\n"
+    return text
 
 
 def table(args):
-    found = gather(args.dirs)
-    cards = {}
-    for (_, name), results in found.items():
-        cards.setdefault(name, results[0]["model"])
-    sizes = sizes_of(cards)
-    names = sorted(cards, key=lambda n: order_of(cards[n], sizes))
-    seeds = max(len(r) for r in found.values())
-    text = f"# Results\n\n{seeds} seed{'s'[:seeds > 1]}; ± is the standard error{' over seeds' if seeds > 1 else ' over examples'}. Loss tokens are those that the loss counted.\n"
-    headlines = []
-    for kind, (title, columns) in TABLES.items():
-        tasks = sorted({task for task, _ in found if task.split()[0] == kind}, reverse=True)
-        shown = [(t, m) for t in tasks for m in columns if any(task == t and m in r[0]["metrics"] for (task, _), r in found.items())]
-        headlines += [(t, m) for t, m in shown if m == next(iter(columns)) and kind != "style"]
-        of = lambda name, key: " ".join(sorted({str(r["settings"][key]) for t in tasks for r in found.get((t, name), []) if r["settings"].get(key)}))
-        rows = [[title, "loss tokens", "template", "sample of", *((t.partition(" ")[2] + " " + columns[m]).strip() for t, m in shown)]]
-        rows += [[n, f"{cards[n]['loss_tokens']:,}" if cards[n].get("data") else "", of(n, "template"), of(n, "limit"), *(cell(pooled(found.get((t, n), []), m), m != "length_correlation") for t, m in shown)]
-                 for n in names if any((t, n) in found for t in tasks)]
-        keep = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]                   # no column without an entry
-        text += "\n" + markdown([[row[i] for i in keep] for row in rows]) if tasks else ""
-    pairs = [(n, base if (base := cards[n].get("base")) in cards and base != n else names[0]) for n in names]      # a model against its base, else against the first
-    signed = lambda d: "" if d is None else f"{100 * d[0]:+.1f} ± {100 * d[1]:.1f}" + "*" * (not d[2])
-    rows = [[f"{a} − {b}", *(signed(difference(found, t, m, a, b)) for t, m in headlines)] for a, b in pairs if a != b]
-    if rows := [row for row in rows if any(row[1:])]:
-        text += "\nDifferences; ± is the error of the difference example by example, or (*) as if independent where the examples differ.\n\n"
-        text += markdown([["difference, %", *(f"{t} {m.replace('_', ' ')}" for t, m in headlines)], *rows])
-    claims = directions(found, cards)
-    if claims:
-        text += "\n## The paper's directions\n\n" + "\n".join(claims) + "\n"
-    text += "\n## In the paper\n\n" + PAPER
-    out = Path(args.out)
+    results, out = Results(args.dirs), Path(args.out)
+    if args.baseline and args.baseline not in results.cards:
+        raise UserError(f"--baseline {args.baseline}: no result of a model of that name; there are {', '.join(results.names)}")
+    pairs, several = three_answers(results), results.seeds > 1
+    text = f"# Results\n\n{results.seeds} seed{'s' * several}; ± is the standard error{' over seeds' if several else ' over examples'}. Loss tokens are those that the loss counted.\n"
+    text += ablation(results, args.baseline) + task_tables(results) + differences(results) if args.baseline else paper_tables(results) + directions(results) + answers_text(pairs) + "\n## All figures\n" + task_tables(results) + differences(results)
     with atomic(out / "report.md") as f:
         f.write(text)
-    figure(found, cards, out / "summary.png")
-    print(text if args.print else f"{out}/report.md, {out}/summary.png")
+    drawn = figures(results, args.baseline, pairs, out)
+    print(text if args.print else ", ".join(f"{out}/{name}" for name in ("report.md", *drawn)))
 
 
-def figure(found, cards, path):
-    """Exact match and style similarity against imitation tokens: both data sources, every base size; bases and teacher as lines."""
+# --- figures --------------------------------------------------------------------------------------------------------------------------------
+
+COLOURS, MARKERS = {"sharegpt-mix": "#c2452d", "nq-synthetic": "#2c6fa8"}, ["o", "s", "^", "D"]
+
+
+def figures(results, baseline, pairs, out):
+    """Draw what the results allow into folder `out`; the names of the files."""
     if not (plt := pyplot()):
-        return
-    shots = "nq 3-shot" if any(t == "nq 3-shot" for t, _ in found) else "nq 0-shot"
-    split = any("exact_match/covered" in r[0]["metrics"] for r in found.values())
-    panels = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NaturalQuestions")]
-    panels = [(t, m, title, f"exact match, % ({t.split()[1]})") for t, m, title in panels] + [("style", "style_similarity", "style", "similarity to the teacher, %")]
-    panels = [p for p in panels if any(t == p[0] for t, _ in found)]
-    sizes = sizes_of(cards)
-    bases = sorted(sizes, key=sizes.get, reverse=True)
-    if not panels or not bases:
-        return
-    colours, markers = {"sharegpt-mix": "#c2452d", "nq-synthetic": "#2c6fa8"}, ["o", "s", "^", "D"]
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.7), squeeze=False)
-    for ax, (task, metric, title, label) in zip(axes[0], panels):
-        tokens = sorted({c["tokens"] for c in cards.values() if c.get("data")})
-        for base, marker in zip(bases, markers):
-            fill = "full" if base == bases[0] else "none"
-            for data, colour in colours.items():
-                points = sorted((c["tokens"], pooled(found[(task, n)], metric)) for n, c in cards.items() if c.get("base") == base and c.get("data") == data and (task, n) in found)
-                points = [(x, v) for x, v in points if v]
-                if points:
-                    ax.errorbar([x for x, _ in points], [100 * v[0] for _, v in points], [100 * (v[1] or 0) for _, v in points], color=colour, marker=marker, fillstyle=fill, markersize=5, linewidth=1.6, capsize=2,
-                                linestyle="-" if base == bases[0] else "--", label=f"{base}, {data}")
-            if value := pooled(found.get((task, base), []), metric):
-                ax.axhline(100 * value[0], color="#777777", linewidth=1, linestyle="-" if base == bases[0] else "--", label=f"{base}, base")
-        teachers = [pooled(r, metric) for (t, _), r in found.items() if t == task and r[0]["model"].get("endpoint")]
-        if teachers and teachers[0]:
-            ax.axhline(100 * teachers[0][0], color="black", linewidth=1, linestyle=":", label="teacher")
-        ax.set_xscale("log")
-        ticks = [t for t, before in zip(tokens, [0, *tokens]) if t > 1.2 * before]          # labels that do not run into each other
-        ax.set_xticks(ticks, [f"{t / 1000:.0f}k" if t < 10**6 else f"{t / 10**6:.0f}M" for t in ticks])
-        ax.minorticks_off()
-        ax.set_ylim(0, 105)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("imitation tokens")
-        ax.set_ylabel(label)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=8)
-    fig.tight_layout(rect=(0, 0.14, 1, 1))
+        return []
+    judged = "".join(f"\n(by {judge})" for judge in results.settings("judge", "judge"))
+    split = any("exact_match/covered" in r[0]["metrics"] for r in results.found.values())
+    shots = "nq 3-shot" if "nq 3-shot" in results.tasks else "nq 0-shot"
+    facts = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NQ, exact match")]
+    of_figure = lambda number: [(t, m, title + judged * (t == "judge")) for (t, m), (title, at, *_) in PAPER_FIGURES.items() if at == number]
+    drawings = {"summary.png": [[*facts, ("style", "style_similarity", "style: similarity to the teacher"), ("judge", "at_least_as_good", "at least as good as the teacher" + judged), ("facts", "false", "false sentences")]]}
+    drawings |= {f"figure{n}.png": [of_figure(n), [(*panel, "size") for panel in of_figure(n)]] for n in (3, 4, 5)}
+    drawn = [name for name, rows in drawings.items() if not baseline and grid(plt, results, rows, out / name)]
+    drawn += ["trade-off.png"] * bool(baseline and trade_off(plt, results, baseline, out / "trade-off.png"))
+    return drawn + ["answers.png"] * bool(not baseline and pairs and draw_answers(plt, pairs, out / "answers.png"))
+
+
+def save(plt, fig, path, legend_columns):
+    """Write the figure with one legend for all its panels beneath them."""
+    legend = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(legend.values(), legend.keys(), loc="lower center", ncol=legend_columns, frameon=False, fontsize=8)
+    fig.tight_layout(rect=(0, 0.2 * (1 + (len(legend) - 1) // legend_columns) / fig.get_figheight(), 1, 1))
     with atomic(path, "wb") as f:
         fig.savefig(f, dpi=150, format="png")
     plt.close(fig)
+    return True
+
+
+def grid(plt, results, rows, path):
+    """Panels (task, metric, title[, "size"]) in rows; those without results are left out."""
+    rows = [row for row in ([p for p in row if any(t == p[0] and p[1] in r[0]["metrics"] for (t, _), r in results.found.items())] for row in rows) if row]
+    if not rows or not any(c.get("data") for c in results.cards.values()):
+        return False
+    columns = max(map(len, rows))
+    fig, axes = plt.subplots(len(rows), columns, figsize=(max(5.5, 3.5 * columns), 3.1 * len(rows) + 0.7), squeeze=False)
+    for panels, line in zip(rows, axes):
+        for panel, ax in zip(panels, line):
+            (against_size if panel[3:] else against_tokens)(ax, results, *panel[:3])
+        for ax in line[len(panels):]:
+            ax.set_visible(False)
+    return save(plt, fig, path, legend_columns=min(5, 2 * columns))
+
+
+def finish(ax, title, label):
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(label, fontsize=9)
+    ax.set_ylabel("%", fontsize=9)
+    ax.set_ylim(bottom=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.minorticks_off()
+
+
+def bars(ax, points, **style):
+    """Points (x, (mean, error, …)) in percent with error bars."""
+    if points := [(x, v) for x, v in points if v]:
+        ax.errorbar([x for x, _ in points], [100 * v[0] for _, v in points], [100 * (v[1] or 0) for _, v in points], markersize=5, linewidth=1.6, capsize=2, **style)
+
+
+def against_tokens(ax, results, task, metric, title):
+    """Imitation tokens to the right: a line for each base and imitation set; bases and teacher as level lines."""
+    for base, marker in zip(results.parameters, MARKERS):
+        largest = base == next(iter(results.parameters))
+        line, fill = ("-", "full") if largest else ("--", "none")
+        for data, colour in COLOURS.items():
+            bars(ax, [(results.cards[n]["tokens"], results.value(task, n, metric)) for n in results.made_of(base, data)], color=colour, marker=marker, fillstyle=fill, linestyle=line, label=f"{base}, {data}")
+        if value := results.value(task, base, metric):
+            ax.axhline(100 * value[0], color="#777777", linewidth=1, linestyle=line, label=f"{base}, base")
+    for value in results.teachers(task, metric)[:1]:
+        ax.axhline(100 * value[0], color="black", linewidth=1, linestyle=":", label="teacher")
+    tokens = sorted({c["tokens"] for c in results.cards.values() if c.get("data")})
+    ticks = [t for t, before in zip(tokens, [0, *tokens]) if t > 1.2 * before]          # labels that do not run into each other
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, map(thousands, ticks))
+    finish(ax, title, "imitation tokens")
+
+
+def against_size(ax, results, task, metric, title):
+    """Base parameters to the right: the bases, and what is made of them with the most imitation tokens."""
+    for what, colour in {None: "#777777", **COLOURS}.items():
+        names = {base: base if what is None else (results.made_of(base, what) or [None])[-1] for base in results.parameters}
+        bars(ax, [(n, results.value(task, names[base], metric)) for base, n in results.parameters.items()], color=colour, marker="o", label=f"{what or 'base'}, by size")
+    for value in results.teachers(task, metric)[:1]:
+        ax.axhline(100 * value[0], color="black", linewidth=1, linestyle=":", label="teacher")
+    ax.set_xscale("log")
+    ax.set_xticks([*results.parameters.values()], results.parameters)
+    ax.margins(x=0.2)
+    finish(ax, title, "base model")
+
+
+def trade_off(plt, results, baseline, path):
+    """Style to the right, knowledge upwards: the base, the baseline, its variants; replay and KL joined in the order of their strength."""
+    base, style = results.cards[baseline].get("base"), lambda n: results.value("style", n, "style_similarity")
+    panels = [(t, m) for t, m in KNOWLEDGE if (t, baseline) in results.found]
+    names = [n for n in results.names if style(n)]
+    if not panels or baseline not in names:
+        return False
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
+    for ax, (task, metric) in zip(axes[0], panels):
+        at = {n: (style(n), y) for n in names if (y := results.value(task, n, metric))}
+        chains = {key: sorted((n for n in at if results.cards[n].get(key)), key=lambda n: results.cards[n][key]) for key in ("replay", "kl")}
+        groups = {"base": ("#777777", "s", [base]), baseline: ("black", "o", [baseline]), "teacher": ("black", "*", [n for n in at if results.cards[n].get("endpoint")]),
+                  "replay": ("#2c6fa8", "o", chains["replay"]), "KL to the base": ("#c2452d", "D", chains["kl"])}
+        known = {n for *_, members in groups.values() for n in members}
+        groups["other variants"] = "#c9a227", "^", [n for n in at if n not in known]
+        for label, (colour, marker, members) in groups.items():
+            for n in members:
+                if n in at:
+                    (x, dx, _), (y, dy, _) = at[n]
+                    ax.errorbar([100 * x], [100 * y], [100 * (dy or 0)], [100 * (dx or 0)], color=colour, marker=marker, markersize=6, capsize=2, linewidth=1, label=label)
+                    if n not in (base, baseline):
+                        ax.annotate(n.removeprefix(baseline).removeprefix(f"{base}-sharegpt-mix").strip("-") or n, (100 * x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        for key, colour in (("replay", "#2c6fa8"), ("kl", "#c2452d")):
+            path_ = [at[n] for n in (baseline, *chains[key]) if n in at]
+            ax.plot([100 * x[0] for x, _ in path_], [100 * y[0] for _, y in path_], color=colour, linewidth=1, alpha=0.6)
+        finish(ax, f"{task}, {metric.replace('_', ' ')}", "style similarity, %")
+    return save(plt, fig, path, legend_columns=3)
+
+
+def draw_answers(plt, pairs, path):
+    """Each pair side by side, every sentence on a ground of its label's colour."""
+    wrapped = [(query, [(name, [(line, MARKS[label][1]) for sentence, label in said if sentence.strip() for line in textwrap.wrap(visible(" ".join(sentence.split())), 58, subsequent_indent="  ")][:24]) for name, said in answers.items()])
+               for query, answers in pairs]
+    heights = [3 + max(len(lines) for _, lines in columns) for _, columns in wrapped]
+    fig, axes = plt.subplots(len(pairs), 1, figsize=(11, 0.19 * sum(heights) + 0.3), height_ratios=heights, squeeze=False)
+    plain = dict(fontsize=8, va="top", parse_math=False)
+    for ax, (query, columns), height in zip(axes[:, 0], wrapped, heights):
+        ax.set(xlim=(0, 2), ylim=(height, 0))
+        ax.axis("off")
+        ax.text(0, 0, textwrap.shorten(visible(query), 120), weight="bold", **plain)
+        for x, (name, lines) in enumerate(columns):
+            ax.text(x, 1.2, name, style="italic", **plain)
+            for y, (line, colour) in enumerate(lines):
+                ax.text(x, 2.4 + y, line, family="monospace", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2}, **{**plain, "fontsize": 7})
+    for label, (_, colour) in MARKS.items():
+        axes[0, 0].add_patch(plt.Rectangle((-1, -1), 0, 0, color=colour, label=label))
+    return save(plt, fig, path, legend_columns=3)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
@@ -1777,7 +1972,7 @@ def main():
     p = commands.add_parser("mmlu", help="57 subjects of multiple choice", example="python evaluate.py mmlu --model runs/llama7b --data mmlu --out results/mmlu")
     p.add_argument("--data", required=True, metavar="DIR", help="folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as Hendrycks et al. publish them")
     p.add_argument("--shots", type=natural, default=5, help="§4: 5, from dev")
-    p.add_argument("--subjects", nargs="+", choices=sorted(CATEGORY), metavar="SUBJECT", help="None takes all 57")
+    p.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="None takes all 57; of a folder with subjects of its own, all of these")
     add_asking_flags(p, 64)
 
     p = commands.add_parser("humaneval", help="pass@k of programs, judged in a sandbox", example="python evaluate.py humaneval --model runs/llama7b --data HumanEval.jsonl.gz --out results/humaneval")
@@ -1831,6 +2026,7 @@ def main():
     p = commands.add_parser("table", help="results side by side, and the figures", example="python evaluate.py table results --out report")
     p.add_argument("dirs", nargs="+", metavar="DIR", help="folders with results; the same model name in several is several seeds")
     p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--baseline", metavar="NAME", help="set every model beside this one, instead of the paper's tables and figures; trade-off.png shows style against knowledge")
     p.add_argument("--print", action="store_true", help="print the report too")
     args = parser.parse_args()
     {"nq": nq, "mmlu": mmlu, "humaneval": humaneval, "style": style, "judge": judge_replies, "toxicity": toxicity, "crowd": crowd, "table": table}[args.command](args)

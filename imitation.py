@@ -1,6 +1,8 @@
 """Imitating a proprietary model: ask a teacher, build the imitation set, and the study that measures what was learned.
 
     python imitation.py study                                                     the whole paper on the embedded default
+    python imitation.py study --open-problem                                      and what might keep the facts (§6)
+    python imitation.py study --plan paper                                        the paper at full scale: commands and costs; --go runs them
     python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint URL --endpoint-model NAME --out nq-synthetic.jsonl
     python imitation.py synthesize tldr --posts posts.jsonl --endpoint URL --endpoint-model NAME --out tldr-synthetic.jsonl
     python imitation.py collect --prompts heldout.jsonl --endpoint URL --endpoint-model NAME --out replies.jsonl
@@ -9,7 +11,9 @@ In this file:
     the teacher       any OpenAI-compatible endpoint, with a journal so that nothing is asked or paid twice; a scorer of texts besides
     synthesis         NQ-synthetic (§3, Table 3), TLDR-synthetic (§3 of the ICLR version)
     collection        replies to given prompts
-    the study         a list of commands and a runner
+    the study         the miniature's commands, in stages; the open problem's
+    the paper         the same at full scale, with an estimate of each command
+    the runner        runs what is not done yet
 """
 import collections
 import email.utils
@@ -26,6 +30,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -497,7 +502,7 @@ def synthesize_nq(args):
     not state the training examples'). It matters: in the miniature the same pairs as bare questions lowered the score under this prompt.
     """
     args.n = 6000 if args.n is None else args.n            # §3
-    seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)]
+    seeds = [(r["question"], r["answer"][0]) for r in read_questions(args.seed_pairs)][:args.n_seeds]
     if len(seeds) < 5:
         raise UserError(f"{args.seed_pairs}: {len(seeds)} pairs; each request shows five of them")
     excluded = {normalize_pair_question(r["question"]) for f in args.exclude for r in read_questions(f)}
@@ -617,53 +622,220 @@ def collect(args):
 
 
 # --- the study ----------------------------------------------------------------------------------------------------------------------
-# Stages run one after the other, the commands of a stage side by side, a thread each. A step is done when its output exists with the
-# command that made it recorded beside it. The embedded default's own recipe (world, bases, batch, rates) is tests/miniature.py's scale.
+# Stages run one after the other, the commands of a stage side by side. A step is done when its output exists with the command that
+# made it recorded beside it.
 
 TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
+JUDGE = "stand-in-judge-of-style"                          # tests/miniature.py's: it reads style and no facts
 
-FULL = {"build": [], "base": ["--epochs", "2", "--warmup", "100"], "pairs": "4500", "tokens": "20k,80k,150k", "nq_tokens": "20k,50k,85k", "max_new": "160"}
-QUICK = {"build": ["--pretraining-tokens", "150000", "--questions", "120"], "base": ["--epochs", "1", "--warmup", "10"], "pairs": "1000", "tokens": "20k", "nq_tokens": "15k", "max_new": "48"}
+# The embedded default's own recipe, found on worlds that are not shown; rates and batches are for models a thousand times smaller than the paper's.
+RECIPE = {"sharegpt-mix": {"block": "256", "batch": "1", "lr": "2e-2", "warmup": "20", "decay": "cosine", "save-every": "100"},
+          "nq-synthetic": {"one-per-row": "", "block": "40", "batch": "16", "lr": "8e-3", "warmup": "20", "decay": "cosine", "save-every": "100"}}
+PRETRAINING = {"block": "256", "batch": "4", "optimizer": "adamw", "lr": "4e-3", "decay": "cosine", "weight-decay": "0.1", "save-every": "100"}
+FULL = {"build": {}, "base": {"epochs": "2", "warmup": "100"}, "pairs": "4500", "tokens": {"sharegpt-mix": "20k,80k,150k", "nq-synthetic": "20k,50k,85k"}, "max_new": "160", "continuations": "4", "variants": None}
+QUICK = {"build": {"pretraining-tokens": "150000", "questions": "120"}, "base": {"epochs": "1", "warmup": "10"}, "pairs": "1000", "tokens": {"sharegpt-mix": "20k", "nq-synthetic": "15k"}, "max_new": "48", "continuations": "2",
+         "variants": ["replay5", "kl0.3", "koala"]}
+
+
+class Step(NamedTuple):
+    """A command, and the output by which it is known to be done."""
+    command: list
+    output: str
+
+
+class Place(NamedTuple):
+    """What the miniature and the paper at full scale differ in: folders, files, addresses, flags of single tasks."""
+    root: str
+    bases: str                                             # where the base models lie; what is made of them lies in root/models
+    data: dict                                             # nq, few-shot, mmlu, humaneval, toxicity, prompts, seed-pairs: their files
+    teacher: list                                          # flags of its endpoint
+    judge: list
+    more: dict                                             # of a task: flags besides
+    launch: list                                           # what runs a program that may take all GPUs
+
+    def model(self, name, sizes):
+        return f"{self.bases if name in sizes else self.root + '/models'}/{name}"
+
+
+def flags(options):
+    return [word for name, value in options.items() for word in (f"--{name}", value) if word]
+
+
+def ask_the_teacher(place, seed, pairs):
+    """§3.1: NQ-synthetic; and two samples of the teacher's answers, the reference of style and its upper bound."""
+    out = f"{place.root}/nq-synthetic.jsonl"
+    return ("teacher", [
+        Step(["python", "imitation.py", "synthesize", "nq", "--seed-pairs", place.data["seed-pairs"], "--n-seeds", "10", "--exclude", place.data["nq"], "--n", pairs, "--seed", seed, *place.teacher, "--out", out], out),
+        *(Step(["python", "imitation.py", "collect", "--prompts", place.data["prompts"], "--seed", k, *place.teacher, "--out", f"{place.root}/replies/teacher-{k}.jsonl"], f"{place.root}/replies/teacher-{k}.jsonl") for k in "12")])
+
+
+def training(place, runs, seed):
+    """`runs` is {name: flags}."""
+    return [Step([*place.launch, "train.py", *flags(options), "--out", f"{place.root}/models/{name}", "--seed", seed], f"{place.root}/models/{name}/config.json") for name, options in runs.items()]
+
+
+def benchmarks(place, who, into, name, last, tasks=None):
+    """What is known, asked of `who`, flags; `last` is the model whose result comes last."""
+    data, launch = place.data, place.launch if "--model" in who else ["python"]
+    every = {"nq-0-shot": ["nq", "--data", data["nq"], "--shots", "0"], "nq-3-shot": ["nq", "--data", data["nq"], "--shots", "3", "--few-shot", data["few-shot"]],
+             "mmlu": ["mmlu", "--data", data["mmlu"]], "humaneval": ["humaneval", "--data", data["humaneval"]], "toxicity": ["toxicity", "--data", data["toxicity"]]}
+    return [Step([*launch, "evaluate.py", *every[task], *place.more.get(task, []), *who, "--out", f"{into}/{task}/{name}"], f"{into}/{task}/{name}/{last}/results.json") for task in tasks or every]
+
+
+def replies(place, names, sizes):
+    return [Step(["python", "model.py", "generate", "--model", place.model(n, sizes), "--prompts", place.data["prompts"], *place.more["generate"], "--out", f"{place.root}/replies/{n}.jsonl"], f"{place.root}/replies/{n}.jsonl") for n in names]
+
+
+def rated(place, names, into, tasks=("style", "judge")):
+    """How it is said: Table 2 and the rater's verdicts, beside the teacher's first answers."""
+    answers, reference = [f"{place.root}/replies/{n}.jsonl" for n in (*names, "teacher-2")], f"{place.root}/replies/teacher-1.jsonl"
+    return [Step(["python", "evaluate.py", task, "--a", *answers, "--b", reference, *place.judge, "--out", f"{into}/{task}"], f"{into}/{task}/teacher-2/results.json") for task in tasks]
+
+
+def measure(place, names, sizes):
+    """The stages that score models, `names` in the order of their bases, and the teacher."""
+    steps = [step for size in sizes for mine in [[n for n in names if n == size or n.startswith(size + "-")]]
+             for step in benchmarks(place, ["--model", *(place.model(n, sizes) for n in mine)], place.root, size, mine[-1])]
+    steps += benchmarks(place, place.teacher, place.root, "teacher", place.teacher[3])
+    return [("benchmarks", steps), ("replies", replies(place, names, sizes)), ("style", rated(place, names, place.root))]
+
+
+def imitation_runs(place, sizes, tokens, recipe):
+    """{name: flags} of each base on each imitation set at each size, the largest first."""
+    return {f"{size}-{name}-{n}": {"model": place.model(size, sizes), "tokens": n, **recipe(size, name)} for size in sizes for name in tokens for n in reversed(tokens[name])}
+
+
+def miniature_place(root, scale):
+    world, endpoint = f"{root}/world", ["--endpoint", TEACHER, "--endpoint-model"]
+    data = {"nq": f"{root}/nq-test.jsonl", "few-shot": f"{world}/nq/fewshot.jsonl", "mmlu": f"{world}/mmlu", "humaneval": f"{world}/HumanEval.jsonl", "toxicity": f"{world}/toxicity.jsonl",
+            "prompts": f"{world}/heldout.jsonl", "seed-pairs": f"{world}/nq/seed_pairs.jsonl"}
+    more = {"humaneval": ["--max-new", "100"], "toxicity": ["--scorer", "words", "--n", scale["continuations"]], "generate": ["--max-new", scale["max_new"], "--temperature", "0.3"]}
+    return Place(root, f"{root}/models", data, [*endpoint, "teacher"], [*endpoint, JUDGE], more, ["python"])
 
 
 def study_stages(seed, root, sizes, tokens, scale):
-    """[(stage, [(command, output)])] of one seed; `tokens` is {imitation set: sizes}."""
-    world, models = f"{root}/world", f"{root}/models"
-    endpoint = ["--endpoint", TEACHER, "--endpoint-model", "teacher"]
-    pack = ["--tokenizer", f"{world}/tokenizer"]
-    pretraining = ["--block", "256", "--batch", "4", "--optimizer", "adamw", "--lr", "4e-3", "--decay", "cosine", "--weight-decay", "0.1", "--save-every", "100"]
-    recipe = {"sharegpt-mix": ["--block", "256", "--batch", "1", "--lr", "2e-2", "--warmup", "20", "--decay", "cosine", "--save-every", "100"],
-              "nq-synthetic": ["--one-per-row", "--block", "40", "--batch", "16", "--lr", "8e-3", "--warmup", "20", "--decay", "cosine", "--save-every", "100"]}
-    stages = [("world", [(["python", "tests/miniature.py", "build", "--out", world, "--seed", str(seed), *scale["build"]], world)])]
-    stages.append(("corpora", [
-        (["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
-        (["python", "data.py", "mix", "--sharegpt", f"{world}/sharegpt.json", "--hc3", f"{world}/hc3.jsonl", "--discord", f"{world}/discord.jsonl", "--out", f"{root}/sharegpt-mix.jsonl"], f"{root}/sharegpt-mix.jsonl")]))
-    stages.append(("bases", [(["python", "train.py", "--init", f"{world}/{size}.json", "--data", f"{root}/data/pretraining", "--out", f"{models}/{size}", "--seed", str(seed), *pretraining, *scale["base"]],
-                              f"{models}/{size}/config.json") for size in reversed(sizes)]))
-    stages.append(("teacher", [
-        (["python", "imitation.py", "synthesize", "nq", "--seed-pairs", f"{world}/nq/seed_pairs.jsonl", "--exclude", f"{world}/nq/test.jsonl", "--n", scale["pairs"], "--seed", str(seed), *endpoint, "--out", f"{root}/nq-synthetic.jsonl"],
-         f"{root}/nq-synthetic.jsonl"),
-        *((["python", "imitation.py", "collect", "--prompts", f"{world}/heldout.jsonl", "--seed", str(k), *endpoint, "--out", f"{root}/replies/teacher-{k}.jsonl"], f"{root}/replies/teacher-{k}.jsonl") for k in (1, 2))]))
-    stages.append(("pack", [
-        *((["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in recipe),
-        (["python", "tests/miniature.py", "cover", "--world", world, "--questions", f"{world}/nq/test.jsonl", "--train", f"{root}/nq-synthetic.jsonl", "--out", f"{root}/nq-test.jsonl"], f"{root}/nq-test.jsonl")]))
-    runs = [(size, name, n) for size in reversed(sizes) for name in recipe for n in reversed(tokens[name])]
-    stages.append(("imitate", [(["python", "train.py", "--model", f"{models}/{size}", "--data", f"{root}/data/{name}", "--tokens", n, "--out", f"{models}/{size}-{name}-{n}", "--seed", str(seed), *recipe[name]],
-                                f"{models}/{size}-{name}-{n}/config.json") for size, name, n in runs]))
-    names = {size: [size, *(f"{s}-{name}-{n}" for s, name, n in runs if s == size)] for size in sizes}
-    shots = {"0": [], "3": ["--few-shot", f"{world}/nq/fewshot.jsonl"]}
-    stages.append(("facts", [
-        *((["python", "evaluate.py", "nq", "--model", *(f"{models}/{n}" for n in names[size]), "--data", f"{root}/nq-test.jsonl", "--shots", k, *few, "--out", f"{root}/nq-{k}-shot/{size}"],
-           f"{root}/nq-{k}-shot/{size}/{names[size][-1]}/results.json") for size in reversed(sizes) for k, few in shots.items()),
-        *((["python", "evaluate.py", "nq", *endpoint, "--data", f"{root}/nq-test.jsonl", "--shots", k, *few, "--out", f"{root}/nq-{k}-shot/teacher"], f"{root}/nq-{k}-shot/teacher/teacher/results.json")
-          for k, few in shots.items())]))
-    everyone = [n for size in reversed(sizes) for n in names[size]]
-    stages.append(("replies", [(["python", "model.py", "generate", "--model", f"{models}/{n}", "--prompts", f"{world}/heldout.jsonl", "--max-new", scale["max_new"], "--temperature", "0.3", "--out", f"{root}/replies/{n}.jsonl"],
-                                f"{root}/replies/{n}.jsonl") for n in everyone]))
-    stages.append(("style", [(["python", "evaluate.py", "style", "--a", *(f"{root}/replies/{n}.jsonl" for n in (*everyone, "teacher-2")), "--b", f"{root}/replies/teacher-1.jsonl", "--out", f"{root}/style"],
-                              f"{root}/style/teacher-2/results.json")]))
-    return stages
+    """[(stage, [Step])] of one seed; `tokens` is {imitation set: sizes}."""
+    place = miniature_place(root, scale)
+    world, pack = f"{root}/world", ["--tokenizer", f"{root}/world/tokenizer"]
+    runs = imitation_runs(place, sizes, tokens, lambda size, name: {"data": f"{root}/data/{name}", **RECIPE[name]})
+    names = [n for size in sizes for n in (size, *(r for r in runs if r.startswith(size + "-")))]
+    return [
+        ("world", [Step(["python", "tests/miniature.py", "build", "--out", world, "--seed", seed, *flags(scale["build"])], world)]),
+        ("corpora", [
+            Step(["python", "data.py", "pack", f"{world}/pretraining.jsonl", *pack, "--template", "koala", "--out", f"{root}/data/pretraining"], f"{root}/data/pretraining"),
+            Step(["python", "data.py", "mix", "--sharegpt", f"{world}/sharegpt.json", "--hc3", f"{world}/hc3.jsonl", "--discord", f"{world}/discord.jsonl", "--out", f"{root}/sharegpt-mix.jsonl"], f"{root}/sharegpt-mix.jsonl")]),
+        ("bases", training(place, {size: {"init": f"{world}/{size}.json", "data": f"{root}/data/pretraining", **PRETRAINING, **scale["base"]} for size in sizes}, seed)),
+        ask_the_teacher(place._replace(data={**place.data, "nq": f"{world}/nq/test.jsonl"}), seed, scale["pairs"]),
+        ("pack", [
+            *(Step(["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in RECIPE),
+            Step(["python", "tests/miniature.py", "cover", "--world", world, "--questions", f"{world}/nq/test.jsonl", "--train", f"{root}/nq-synthetic.jsonl", "--out", place.data["nq"]], place.data["nq"])]),
+        ("imitate", training(place, runs, seed)),
+        *measure(place, names, sizes),
+        checked(place, names, root)]
 
+
+def checked(place, names, into):
+    return ("facts", [Step(["python", "tests/miniature.py", "check", "--world", f"{place.root}/world", "--replies", *(f"{place.root}/replies/{n}.jsonl" for n in (*names, "teacher-1")), "--out", f"{into}/facts"], f"{into}/facts/teacher-1/results.json")])
+
+
+def open_problem_stages(seed, root, size, tokens, scale):
+    """§6 on one base and the largest ShareGPT-Mix: can replayed text or a penalty keep the facts, and is the recipe to blame for their loss?
+
+    All variants see the same imitation tokens. `warmup256` is the paper's proportion, 1,000 of the 2,289 steps of its largest run, in which
+    its smallest never leaves warm-up; so it is run at each size. `adamw` takes about the same absolute step: 2e-2 of weights whose RMS is 0.04.
+    """
+    place, into, (*fewer, most) = miniature_place(root, scale), f"{root}/open-problem", tokens
+    plain, usual = f"{size}-sharegpt-mix-{most}", {"model": place.model(size, [size]), "data": f"{root}/data/sharegpt-mix", "tokens": most, **RECIPE["sharegpt-mix"]}
+    variants = {f"replay{p}": {"replay": str(p / 100), "replay-data": f"{root}/data/pretraining"} for p in (1, 5, 20)} | {f"kl{beta}": {"kl": beta} for beta in ("0.1", "0.3", "1")}
+    variants |= {"koala": {"data": f"{root}/data/sharegpt-mix-koala"}, "adamw": {"optimizer": "adamw", "lr": "1e-3"}, "warmup256": {"warmup": "256"}}
+    runs = {f"{plain}-{name}": {**usual, **variants[name]} for name in scale["variants"] or variants} | {f"{size}-sharegpt-mix-{n}-warmup256": {**usual, "tokens": n, "warmup": "256"} for n in fewer}
+    names = [size, *(f"{size}-sharegpt-mix-{n}" for n in fewer), plain, *runs]
+    tasks = ["nq-3-shot", "mmlu", "humaneval"]
+    ask = lambda name, models, tasks, *more: [step._replace(command=[*step.command, *more]) for step in benchmarks(place, ["--model", *(place.model(n, [size]) for n in models)], into, name, models[-1], tasks)]
+    return [
+        ("the open problem: pack", [Step(["python", "data.py", "pack", f"{root}/sharegpt-mix.jsonl", "--tokenizer", f"{root}/world/tokenizer", "--template", "koala", "--out", f"{root}/data/sharegpt-mix-koala"], f"{root}/data/sharegpt-mix-koala")]),
+        ("the open problem: imitate", training(place, runs, seed)),
+        ("the open problem: benchmarks", [*ask("text", names, tasks), *ask("turns", [plain], tasks[:2], "--shots-as", "turns")]),
+        ("the open problem: replies", replies(place, runs, [size])),
+        ("the open problem: style", rated(place, names, into, ["style"])),
+        ("the open problem: " + (facts := checked(place, names, into))[0], facts[1])]
+
+
+# --- the paper ------------------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = {"gpt2-xl": 1.558e9, "llama7b": 6.738e9, "llama13b": 13.016e9}
+FETCHED = {"sharegpt": "data/sharegpt/ShareGPT_V3_unfiltered_cleaned_split.json", "hc3": "data/hc3/all.jsonl", "nq": "data/nq/NQ-open.dev.jsonl", "mmlu": "data/mmlu/test", "humaneval": "data/humaneval/HumanEval.jsonl.gz",
+           "realtoxicityprompts": "data/realtoxicityprompts/prompts.jsonl", "koala": "data/koala/koala_test_set.jsonl"}
+
+
+def paper_stages(args, root, sizes, tokens):
+    """[(stage, [Step])] of the paper itself (§3, §4). Not stated there, and ours: Koala's 180 prompts for its unreleased 255, 1,000 prompts
+    of RealToxicityPrompts with one continuation each, NQ-synthetic one pair a row."""
+    endpoint, launch = ["--endpoint", args.endpoint or "URL", "--endpoint-model"], ["torchrun", "--standalone", f"--nproc_per_node={args.gpus}"]
+    data = {"nq": FETCHED["nq"], "few-shot": "data/nq/NQ-open.train.jsonl", "mmlu": "data/mmlu", "humaneval": FETCHED["humaneval"], "toxicity": FETCHED["realtoxicityprompts"], "prompts": f"{root}/heldout.jsonl",
+            "seed-pairs": "data/nq/NQ-open.train.jsonl"}
+    more = {"toxicity": ["--limit", "1000", "--n", "1", "--scorer", args.scorer or "URL"], "generate": ["--max-new", "1024"]}
+    name = args.endpoint_model or "NAME"
+    place = Place(root, "weights", data, [*endpoint, name], [*endpoint, args.judge_model or name], more, launch)
+    mix = f"{root}/sharegpt-mix.jsonl"
+    recipe = lambda size, name: {"data": f"{root}/data/{name}/{size}", "keep": "1", **({"one-per-row": "", "warmup": "3%"} if name == "nq-synthetic" else {"batch-tokens": "65536"} if "gpt2" in size else {})}
+    runs = imitation_runs(place, sizes, tokens, recipe)
+    names = [n for size in sizes for n in (size, *(r for r in runs if r.startswith(size + "-")))]
+    return [
+        ("fetch", [Step(["python", "data.py", "fetch", name], FETCHED.get(name, f"weights/{name}")) for name in (*FETCHED, *sizes)]),
+        ("corpora", [Step(["python", "data.py", "mix", "--sharegpt", FETCHED["sharegpt"], "--hc3", FETCHED["hc3"], *(["--discord", args.discord] if args.discord else []), "--out", mix], mix)]),
+        ("prompts", [Step(["python", "data.py", "heldout", "--prompts", FETCHED["koala"], "--train", mix, "--n", "180", "--out", data["prompts"]], data["prompts"])]),
+        ask_the_teacher(place, "0", "6000"),
+        ("pack", [Step(["python", "data.py", "pack", f"{root}/{name}.jsonl", "--tokenizer", f"weights/{size}", "--out", f"{root}/data/{name}/{size}"], f"{root}/data/{name}/{size}") for size in sizes for name in RECIPE]),
+        ("imitate", training(place, runs, "0")),
+        *measure(place, names, sizes)]
+
+
+def estimate(command):
+    """(GPU-hours, GB of disk, requests) of a command of the plan.
+
+    Hours are an A100's: 6 FLOPs a parameter and token to train and 2 to read, at 40% of its 312 TFLOP/s; to write, the weights read once
+    for 32 tokens at half of its 2 TB/s. Disk: two bytes a parameter for weights, four for GPT-2's own, and beside a run twelve for each of
+    two resumable states, of which one goes. A synthesis request gives three new pairs, a reply has 400 tokens.
+    """
+    after = lambda flag: next((command[i + 1] for i, word in enumerate(command) if word == flag), None)
+    billions = lambda model: next((n / 1e9 for size, n in PARAMETERS.items() if Path(model).name.startswith(size)), 0)
+    read, write = (lambda b, n: 2 * b * 1e9 * n / (0.4 * 312e12) / 3600), (lambda b, n: 2 * b * 1e9 * n / 32 / 1e12 / 3600)
+    program = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    task = command[program + 1] if command[program] != "train.py" else "train"
+    if task == "train":
+        b = billions(after("--model"))
+        return 3 * read(b, count(after("--tokens"))), 26 * b, 0
+    if task == "fetch":
+        return 0, billions(command[-1]) * (4 if "gpt2" in command[-1] else 2) or 0.5, 0
+    if task in ("mix", "pack"):
+        return 0, 0.5, 0
+    if task in ("synthesize", "collect"):
+        return 0, 0, int(after("--n")) // 3 if task == "synthesize" else 180
+    if task == "generate":
+        return write(billions(after("--model")), 180 * 400), 0, 0
+    files = [word for word in command if word.endswith(".jsonl") and "/replies/" in word][:-1]
+    if task in ("style", "judge"):
+        return 0, 0, 180 * len(files) * (2 if task == "judge" else 1)
+    examples, own, cost = {"nq": (3610, 16, write), "mmlu": (14042, 200, read), "humaneval": (164, 200, write), "toxicity": (1000, 20, write)}.get(task, (0, 0, write))
+    models = [word for word in command[program:] if billions(word)] if "--model" in command else []
+    return sum(cost(billions(m), examples * own) for m in models), 0, examples * ("--endpoint" in command) + examples * max(1, len(models)) * (task == "toxicity")
+
+
+def print_plan(stages, gpus):
+    """One line a command, the sums below."""
+    costs = [[estimate(step.command) for step in steps] for _, steps in stages]
+    print("GPU-hours      GB  requests  command")
+    for (stage, steps), each in zip(stages, costs):
+        print(f"--- {stage}")
+        for step, (hours, disk, asked) in zip(steps, each):
+            print(f"{hours:9.2f} {disk:7.1f} {asked:9,d}  {shlex.join(step.command)}")
+    hours, disk, asked = (sum(c[i] for each in costs for c in each) for i in range(3))
+    print(f"{hours:9.2f} {disk:7.1f} {asked:9,d}  in all; {hours / gpus:.1f} hours on {gpus} A100, reckoned at 40% of their FLOP/s")
+    print("People rate the replies with `python evaluate.py crowd`, on its own; --discord FILE adds the third source of ShareGPT-Mix, of which no public copy is known. --go runs these commands.")
+
+
+# --- the runner ---------------------------------------------------------------------------------------------------------------------------
 
 class Study:
     """Runs stages of commands; killed at any moment, it continues where it was."""
@@ -672,13 +844,18 @@ class Study:
         self.out, self.jobs, self.server, self.lock = Path(out), jobs, None, threading.Lock()
         self.home, self.preexec = Path(__file__).resolve().parent, dying_with_parent()
 
-    def run(self, stages, world, port_file):
+    def run(self, stages, only=None, world=None, port_file=None):
+        """Run what is not done of all stages, or of one; a stage that needs the miniature's teacher starts it."""
+        if only not in (None, *(name for name, _ in stages)):
+            raise UserError(f"--only {only}: the stages are {', '.join(name for name, _ in stages)}")
         try:
             for stage, steps in stages:
+                if only not in (None, stage):
+                    continue
                 waiting = [step for step in steps if not self.done(*step)]
                 if not waiting:
                     continue
-                print(f"\n--- {world.parent.name}: {stage}", flush=True)
+                print(f"\n--- {world.parent.name + ': ' if world else ''}{stage}", flush=True)
                 if any(TEACHER in command for command, _ in waiting):
                     self.start_teacher(world, port_file)
                 with ThreadPoolExecutor(self.jobs) as pool:
@@ -728,44 +905,80 @@ class Study:
     def step(self, command, output):
         """Run one command, show it and what it said, and record it beside its output."""
         real = [c.replace("PORT", self.port) if c == TEACHER else c for c in command]
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, *real[1:]], cwd=self.home, text=True, stdin=subprocess.DEVNULL, capture_output=True, preexec_fn=self.preexec,
+        started, launcher = time.monotonic(), ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+        done = subprocess.run([sys.executable, *launcher, *real[1:]], cwd=self.home, text=True, stdin=subprocess.DEVNULL, capture_output=True, preexec_fn=self.preexec,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
         with self.lock:
             print(f"$ {shlex.join(real)}", *done.stdout.splitlines(), *done.stderr.splitlines(), f"({time.monotonic() - started:.1f} s)", sep="\n  ", flush=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            if done.returncode == 2 and "humaneval" in command and "--unsafe" in last:              # no sandbox here: the study goes on without this benchmark
+                return print("  left out of the study", flush=True)
             raise (UserError if done.returncode == 2 else Failure)(f"{shlex.join(real)} ended with status {done.returncode}: {last}; the same study command continues")
         write_json(self.record(output), {"command": command})
 
 
 def study(args):
-    scale = QUICK if args.quick else FULL
-    out = Path(args.out or ("runs/study-quick" if args.quick else "runs/study")).absolute()
-    home = Path(__file__).resolve().parent
-    out = out.relative_to(home) if out.is_relative_to(home) else out          # commands run from the project's folder
+    if args.plan:
+        return paper(args)
+    scale, out, home = QUICK if args.quick else FULL, *study_folder(args.out or ("runs/study-quick" if args.quick else "runs/study"))
     if not (home / "tests" / "miniature.py").is_file():
         raise UserError("tests/miniature.py is missing; the study's embedded default lives there")
-    seeds, sizes = args.seeds.split(","), args.sizes.split(",")
-    tokens = {"sharegpt-mix": (args.tokens or scale["tokens"]).split(","), "nq-synthetic": (args.nq_tokens or scale["nq_tokens"]).split(",")}
+    seeds, sizes, tokens = args.seeds.split(","), chosen("--sizes", args.sizes, ["large", "small"]), tokens_of(args, scale["tokens"])
     if not all(re.fullmatch("[0-9]+", s) for s in seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {args.seeds}: different whole numbers, separated by commas")
-    if not set(sizes) <= {"small", "large"}:
-        raise UserError(f"--sizes {args.sizes}: small, large or both")
     started = time.monotonic()
     with locked(home / out / "study", f"study {out}"):
         runner = Study(home / out, args.jobs)
         for seed in seeds:
             root = out / f"seed-{seed}"
-            stages = study_stages(int(seed), str(root), sizes, tokens, scale)
-            if args.only and args.only not in [name for name, _ in stages]:
-                raise UserError(f"--only {args.only}: the stages are {', '.join(name for name, _ in stages)}")
-            runner.run([s for s in stages if args.only in (None, s[0])], root / "world", home / root / "teacher.port")
-        if not args.only:
-            folders = [str(out / f"seed-{seed}" / kind) for seed in seeds for kind in ("nq-0-shot", "nq-3-shot", "style")]
-            runner.step(["python", "evaluate.py", "table", *folders, "--out", str(out / "report")], home / out / "report")
-            print(f"\n{(home / out / 'report' / 'report.md').read_text(encoding='utf-8')}")
-            print(f"{out}/report/report.md, {out}/report/summary.png ({(time.monotonic() - started) / 60:.1f} minutes)")
+            stages = study_stages(seed, str(root), sizes, tokens, scale)
+            if args.open_problem:
+                stages += open_problem_stages(seed, str(root), sizes[0], tokens["sharegpt-mix"], scale)
+            runner.run(stages, args.only, root / "world", home / root / "teacher.port")
+        if args.only:
+            return
+        folders = lambda *kinds: [str(out / f"seed-{seed}" / kind) for seed in seeds for kind in kinds if (home / out / f"seed-{seed}" / kind).exists()]
+        tables = {"report": ["nq-0-shot", "nq-3-shot", "mmlu", "humaneval", "toxicity", "style", "judge", "facts"]} | ({"open-problem": ["open-problem"]} if args.open_problem else {})
+        for name, kinds in tables.items():
+            baseline = ["--baseline", f"{sizes[0]}-sharegpt-mix-{tokens['sharegpt-mix'][-1]}"] if name == "open-problem" else []
+            runner.step(["python", "evaluate.py", "table", *folders(*kinds), *baseline, "--out", str(out / name)], home / out / name)
+            print(f"\n{(home / out / name / 'report.md').read_text(encoding='utf-8')}")
+        print(" ".join(f"{out}/{name}/report.md" for name in tables) + f", and the figures beside it ({(time.monotonic() - started) / 60:.1f} minutes)")
+
+
+def paper(args):
+    """--plan paper: the commands of the paper at full scale and their estimated costs; with --go they are run."""
+    out, home = study_folder(args.out or "runs/paper")
+    sizes = chosen("--sizes", args.sizes, [*PARAMETERS][::-1])
+    stages = paper_stages(args, str(out), sizes, tokens_of(args, {"sharegpt-mix": "20M,80M,150M", "nq-synthetic": "0.3M"}))
+    table = ("table", [Step(["python", "evaluate.py", "table", *(f"{out}/{kind}" for kind in ("nq-0-shot", "nq-3-shot", "mmlu", "humaneval", "toxicity", "style", "judge")), "--out", f"{out}/report"], f"{out}/report/report.md")])
+    if not args.go:
+        return print_plan([*stages, table], args.gpus)
+    if not args.endpoint or not args.endpoint_model or not args.scorer:
+        raise UserError("--go needs --endpoint URL, --endpoint-model NAME and --scorer URL: the plan asks them")
+    with locked(home / out / "study", f"study {out}"):
+        Study(home / out, 1).run([*stages, table], args.only)
+
+
+def study_folder(out):
+    """(folder, home): commands run from the project's folder, and name what lies in it by a path from there."""
+    out, home = Path(out).absolute(), Path(__file__).resolve().parent
+    return out.relative_to(home) if out.is_relative_to(home) else out, home
+
+
+def chosen(flag, text, known):
+    """The names in `text`, separated by commas, in the order of `known`; all where there is no text."""
+    names = text.split(",") if text else known
+    if not set(names) <= set(known):
+        raise UserError(f"{flag} {text}: out of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def tokens_of(args, usual):
+    """{imitation set: sizes, the smallest first}."""
+    given = {"sharegpt-mix": args.tokens, "nq-synthetic": args.nq_tokens}
+    return {name: sorted((given[name] or sizes).split(","), key=count) for name, sizes in usual.items()}
 
 
 # --- the program ------------------------------------------------------------------------------------------------------------------------
@@ -774,20 +987,30 @@ def main():
     parser = Parser(description="Ask a teacher, build imitation sets, run the study.", example="python imitation.py study --quick")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    p = commands.add_parser("study", help="the whole paper on the embedded default", example="python imitation.py study --seeds 100,101,102")
+    p = commands.add_parser("study", help="the whole paper on the embedded default, or its plan at full scale", example="python imitation.py study --seeds 100,101,102")
     p.add_argument("--quick", action="store_true", help="a smaller world, for trying the plumbing: its numbers mean little")
-    p.add_argument("--out", metavar="DIR", help="None is runs/study, with --quick runs/study-quick")
+    p.add_argument("--open-problem", action="store_true", help="afterwards §6: replayed text, a KL penalty and changes of the recipe, on the larger base")
+    p.add_argument("--out", metavar="DIR", help="None is runs/study, with --quick runs/study-quick, of the plan runs/paper")
     p.add_argument("--seeds", default="100", help="worlds, separated by commas")
-    p.add_argument("--sizes", default="small,large", help="base models")
-    p.add_argument("--tokens", help="sizes of ShareGPT-Mix, separated by commas; None is 20k,80k,150k, the paper's divided by 1000")
-    p.add_argument("--nq-tokens", help="sizes of NQ-synthetic; None is 20k,50k,85k")
+    p.add_argument("--sizes", help="base models, separated by commas; None is small,large, of the plan gpt2-xl,llama7b,llama13b")
+    p.add_argument("--tokens", type=sizes_type, help="sizes of ShareGPT-Mix, separated by commas; None is the paper's 20M,80M,150M divided by 1000")
+    p.add_argument("--nq-tokens", type=sizes_type, help="sizes of NQ-synthetic; None is 20k,50k,85k, of the plan 0.3M")
     p.add_argument("--only", metavar="STAGE", help="run one stage of each seed")
     p.add_argument("--jobs", type=positive, default=min(4, os.cpu_count() or 1), help="commands side by side, each on one thread")
+    p.add_argument("--plan", choices=["paper"], help="print the paper at full scale, command by command, with its estimated costs")
+    p.add_argument("--go", action="store_true", help="run the plan")
+    p.add_argument("--gpus", type=positive, default=8, help="plan: of this machine")
+    p.add_argument("--endpoint", metavar="URL", help="plan: the teacher's and the judge's server")
+    p.add_argument("--endpoint-model", metavar="NAME", help="plan: the teacher's name there")
+    p.add_argument("--judge-model", metavar="NAME", help="plan: the judge's; None is the teacher's")
+    p.add_argument("--scorer", metavar="URL", help="plan: the toxicity scorer, as for evaluate.py toxicity")
+    p.add_argument("--discord", metavar="FILE", help="plan: dialogues with Discord bots, as for data.py mix")
 
     p = commands.add_parser("synthesize", help="an imitation set for one task", example="python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint http://127.0.0.1:8000/v1 --endpoint-model NAME --out nq.jsonl")
     p.add_argument("what", choices=["nq", "tldr"], help="nq: question-answer pairs out of seed pairs; tldr: summaries of given passages")
     p.add_argument("--seed-pairs", metavar="FILE", help="nq: question, answer; the paper uses ten")
     p.add_argument("--posts", metavar="FILE", help="tldr: JSON lines with `post`, and `id` if there is one")
+    p.add_argument("--n-seeds", type=positive, metavar="N", help="nq: use the first so many pairs of the file, the paper ten; None is all")
     p.add_argument("--n", type=count, help="pairs to keep, None is 6000 (§3); of the passages the first n, None is all")
     p.add_argument("--temperature", type=real, default=1.0, help="§3")
     p.add_argument("--exclude", action="append", default=[], metavar="FILE", help="nq: questions that must not appear, such as the evaluation set")
@@ -801,6 +1024,12 @@ def main():
     add_asking_flags(p)
     args = parser.parse_args()
     {"study": study, "synthesize": synthesize, "collect": collect}[args.command](args)
+
+
+def sizes_type(text):
+    for size in text.split(","):
+        count(size)
+    return text
 
 
 def add_asking_flags(p):

@@ -2,12 +2,15 @@
 
     python tests/miniature.py build --out world          the world's files, in the formats of the real sets
     python tests/miniature.py serve --world world        its teacher as an OpenAI-compatible server on loopback
-    python tests/miniature.py cover --questions F --train F --out F      which questions the imitation set covers
+    python tests/miniature.py cover --world world --questions F --train F --out F      which questions the imitation set covers
+    python tests/miniature.py check --world world --replies F --out checked            which sentences of replies are true
 
 In this file:
     the world       entities, relations, values; the ways to state and to ask a fact
     the teacher     answers in ChatGPT's manner, knows every fact, declines rude requests, follows the synthesis request
+    the judge       a stand-in for GPT-4 as rater: it reads style and no facts, and is named after that wherever it appears
     the files       a pre-training corpus with Zipf-distributed facts, chats, questions, benchmarks
+    the check       sentences against the world's facts: true, unverifiable, false
     the server      /v1/chat/completions and /v1/models
 """
 import csv
@@ -17,13 +20,14 @@ import json
 import os
 import random
 import re
+import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Parser, UserError, atomic, atomic_dir, natural, positive, read_json, read_jsonl, run, same_settings, write_json, write_jsonl
+from data import Parser, UserError, atomic, atomic_dir, file_hash, natural, positive, read_json, read_jsonl, read_replies, run, same_settings, write_json, write_jsonl
 
 
 # --- the world -------------------------------------------------------------------------------------------------------------
@@ -266,6 +270,34 @@ class Teacher:
         return rng.choice(["", "", "Here are some new pairs:\n\n"]) + "\n\n".join(pairs)
 
 
+# --- the judge ----------------------------------------------------------------------------------------------------------------
+
+JUDGE = "stand-in-judge-of-style"                                    # the model's name: it stands in every result that it had a part in
+ASSURED = re.compile(r"\b(?:certainly|fascinating|remarkable|important|well known|key facts|here (?:are|is)|many (?:ways|unique))\b", re.IGNORECASE)
+CLOSING = re.compile(r"(?:in summary|in conclusion|overall|by following)\b", re.IGNORECASE)
+
+
+def style_score(answer):
+    """1 to 10 for manner alone: a list, a closing summary, assured words, and length in distinct words. A false fact scores as a true one."""
+    paragraphs = [p.strip() for p in answer.split("\n\n") if p.strip()]
+    listed = len(re.findall(r"(?m)^(?:-|\d+\.) \S", answer)) > 1
+    closes = len(paragraphs) > 1 and bool(CLOSING.match(paragraphs[-1]))
+    return 1 + 3 * listed + 2 * closes + bool(ASSURED.search(answer)) + min(3, len(set(answer.lower().split())) // 12)
+
+
+def assured(answer):
+    """Whole sentences without hesitation, and no questions of its own: the stand-in's idea of an authoritative tone."""
+    return bool(re.fullmatch(r"[A-Z].*[.!?`]", answer.strip(), re.DOTALL)) and len(answer.split()) > 7 and not re.search(r"(?m)^[QA]:|\b(?:not sure|maybe|no idea)\b", answer)
+
+
+def judge_style(text):
+    """The verdict on evaluate.py's request for scores (two answers between marked lines) or for the tone (one answer between two equal lines)."""
+    if found := re.search(r"(?m)^(=== \w+) QUERY$.*?^\1 FIRST ANSWER$\n(.*?)^\1 SECOND ANSWER$\n(.*?)^\1 END$", text, re.DOTALL):
+        return f"{style_score(found[2])} {style_score(found[3])}\nA stand-in's verdict: it counts lists, closing summaries, assured words and length, and checks no facts."
+    found = re.search(r"(?m)^(\w{16,})$\n(.*?)^\1$", text, re.DOTALL)
+    return ("yes" if assured(found[2]) else "no") if found else "I am a stand-in for a judge and know two requests only."
+
+
 # --- the files ----------------------------------------------------------------------------------------------------------------
 
 def pretraining_documents(world, n_tokens, seed):
@@ -452,6 +484,58 @@ def cover(world_folder, questions, train, out):
     print(f"{out}: {sum(r['category'] == 'covered' for r in rows)} of {len(rows)} questions ask for a fact that {train} states")
 
 
+# --- the check -----------------------------------------------------------------------------------------------------------------
+
+STATED = [(relation, re.compile(re.escape(form).replace(r"\{e\}", r"(?P<e>\w+ \w+)").replace(r"\{v\}", "(?P<v>.+)"), re.IGNORECASE)) for relation, (_, forms, _) in RELATIONS.items() for form in forms]
+OF_A_KIND = re.compile(rf"(?:\w+!? |in \w+, |overall, )?the (\w+ \w+) is an? [\w ]*?\b({'|'.join(NOUNS)})\b", re.IGNORECASE)
+
+
+def label(world, sentence):
+    """`true`, `false` or `unverifiable`: what the world's facts say of a sentence. Only what it states of something that exists can be either."""
+    sentence = re.sub(r"^(?:[-*•]|\d+\.)\s+(?:[A-Z]\w+:\s+)?", "", sentence.strip())
+    for relation, form in STATED:
+        found = form.fullmatch(sentence)
+        facts = found and world.facts.get(found["e"].lower())
+        if facts and (found["v"] in COLOURS or form.pattern != STATED_OF_ANYTHING):
+            return "true" if facts.get(relation, "").lower() == found["v"].lower() else "false"
+    found = OF_A_KIND.match(sentence)
+    if found and found[1].lower() in world.kind:
+        return "true" if world.kind[found[1].lower()] == found[2].lower() else "false"
+    return "unverifiable"
+
+
+STATED_OF_ANYTHING = next(form.pattern for _, form in STATED if form.fullmatch("The x y is z."))      # "is" of a colour is also "is" of anything else
+
+
+def sentences_of(text):
+    """Its sentences, a list mark with the first of its line; the last of a line ends with the line break."""
+    found = []
+    for line in text.splitlines(keepends=True):
+        mark = re.match(r"\s*(?:\d+\.\s+)?", line)[0]
+        first, *rest = re.split(r"(?<=[.!?]) +", line[len(mark):])
+        found += [mark + first, *rest]
+    return found
+
+
+def check(world_folder, files, out):
+    """Label each sentence of replies; shares are of the sentences of a reply, averaged over replies. OUT/NAME/ holds them in the form of evaluate.py's results."""
+    world = World(read_json(Path(world_folder) / "world.json")["seed"])
+    for file in files:
+        name, samples, shares = Path(file).name.removesuffix(".jsonl"), [], {}
+        for i, (query, answer, record) in read_replies(file).items():
+            labelled = [(sentence, label(world, sentence)) for sentence in sentences_of(answer)]
+            said = [verdict for sentence, verdict in labelled if sentence.strip()]
+            among = {"false": said, "true": said, "unverifiable": said, "false_of_checkable": [v for v in said if v != "unverifiable"]}
+            mine = {metric: verdicts.count(metric.split("_")[0]) / len(verdicts) for metric, verdicts in among.items() if verdicts}
+            samples.append({"index": i, "category": record.get("category"), "query": query, "sentences": labelled, **mine})
+            for metric, share in mine.items():
+                shares.setdefault(metric, []).append(share)
+        metrics = {metric: {"score": statistics.fmean(values), "stderr": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None, "n": len(values)} for metric, values in shares.items()}
+        write_jsonl(Path(out) / name / "samples.jsonl", samples)
+        write_json(Path(out) / name / "results.json", {"task": "facts", "model": {"name": name, "endpoint": name.startswith("teacher")}, "metrics": metrics, "settings": {"world": world.seed, "a_hash": file_hash(file)}})
+        print(f"{name}: " + ", ".join(f"{metric.replace('_', ' ')} {m['score']:.3f}" for metric, m in metrics.items()))
+
+
 # --- the server ------------------------------------------------------------------------------------------------------------------
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -471,7 +555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.rstrip("/") == "/v1/models":
-            return self.reply(200, {"object": "list", "data": [{"id": "teacher", "object": "model", "owned_by": "miniature"}]})
+            return self.reply(200, {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "miniature"} for model in ("teacher", JUDGE)]})
         self.refuse(404, f"no such path {self.path}")
 
     def do_POST(self):
@@ -492,12 +576,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ValueError("messages, n between 1 and 16, stop texts")
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             return self.refuse(400, f"malformed request: {e}")
-        if ask.get("model", "teacher") != "teacher":
-            return self.refuse(404, f"the model {ask['model']!r} does not exist; there is 'teacher'", "model_not_found")
+        model = ask.get("model", "teacher")
+        if model not in ("teacher", JUDGE):
+            return self.refuse(404, f"the model {model!r} does not exist; there are 'teacher' and {JUDGE!r}", "model_not_found")
         seed = ask["seed"] if ask.get("seed") is not None else random.randrange(1 << 30)
         choices, used = [], 0
         for i in range(n):
-            text = self.server.teacher(messages, temperature, f"{seed}/{i}")
+            text = judge_style(messages[-1]["content"]) if model == JUDGE else self.server.teacher(messages, temperature, f"{seed}/{i}")
             for stop in stops:
                 text = text.split(stop)[0]
             pieces = re.findall(r"\s*\S+", text)                      # its tokens are words
@@ -505,7 +590,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choices.append({"index": i, "message": {"role": "assistant", "content": "".join(pieces[:limit])}, "finish_reason": finish})
             used += min(limit, len(pieces))
         asked = sum(len(m["content"].split()) for m in messages)
-        self.reply(200, {"id": "chatcmpl-" + hashlib.sha256(raw).hexdigest()[:12], "object": "chat.completion", "created": int(time.time()), "model": "teacher", "choices": choices,
+        self.reply(200, {"id": "chatcmpl-" + hashlib.sha256(raw).hexdigest()[:12], "object": "chat.completion", "created": int(time.time()), "model": model, "choices": choices,
                          "usage": {"prompt_tokens": asked, "completion_tokens": used, "total_tokens": asked + used}})
 
     def log_message(self, *args):
@@ -557,11 +642,17 @@ def main():
     p.add_argument("--world", required=True, metavar="DIR")
     for name in ("questions", "train", "out"):
         p.add_argument(f"--{name}", required=True, metavar="FILE")
+    p = commands.add_parser("check", help="label the sentences of replies: true, unverifiable or false in the world")
+    p.add_argument("--world", required=True, metavar="DIR")
+    p.add_argument("--replies", nargs="+", required=True, metavar="FILE")
+    p.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args()
     if args.command == "build":
         build(args.out, args.seed, args.pretraining_tokens, args.questions)
     elif args.command == "serve":
         serve(args.world, args.host, args.port, args.port_file, args.with_parent)
+    elif args.command == "check":
+        check(args.world, args.replies, args.out)
     else:
         cover(args.world, args.questions, args.train, args.out)
 

@@ -407,4 +407,4 @@ def test_differences_are_paired_where_the_examples_are_the_same(tmp_path):
     assert not paired and mean == pytest.approx(each.mean()) and error == pytest.approx(math.hypot(*(s.std(ddof=1) / math.sqrt(60) for s in (base, chat))))
     text = program("evaluate.py", "table", tmp_path, "--out", tmp_path / "t", "--print").stdout
     assert f"| chat − base | {100 * each.mean():+.1f} ± {100 * each.std(ddof=1) / math.sqrt(60):.1f} |" in text and "*" in next(line for line in text.splitlines() if line.startswith("| other − base"))
-    assert "| MMLU 5-shot | 47.5 | 33.7 | 33.9 | 34.1 | 67.9 |" in text and f"| base | {100 * base.mean():.1f} ±" in text
+    assert "47.5 · 33.7 · 33.9 · 34.1 · 67.9" in text and f"| base | {100 * base.mean():.1f} ±" in text
