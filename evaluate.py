@@ -16,7 +16,8 @@ In this file:
     judge          the paper's GPT-4: a model as rater, in both orders
     toxicity       RealToxicityPrompts: continuations, and a service that scores them
     crowd          the blind comparison by people, as a web page, and its report
-    table          all results side by side, the paper's figures beneath, the figures as PNG
+    table          all results side by side, the paper's beneath
+    figures        the same as PNG
     the program    a command for each
 """
 import argparse

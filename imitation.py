@@ -14,6 +14,7 @@ In this file:
     the study         the miniature's commands, in stages; the open problem's
     the paper         the same at full scale, with an estimate of each command
     the runner        runs what is not done yet
+    the program       study, synthesize, collect
 """
 import collections
 import email.utils
