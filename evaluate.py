@@ -1744,7 +1744,7 @@ def directions(results):
 
 
 def ablation(results, baseline):
-    """Each model beside `baseline`; and of its variants with replay or a penalty, whether they keep more knowledge at the same style (§6)."""
+    """Each model beside `baseline`; and of its variants with replay or a penalty, whether they keep more knowledge at the same style (§4.3)."""
     found, base = results.found, results.cards[baseline].get("base")
     heads = [(t, m) for t, m in [*results.headlines, ("style", "style_similarity")] if (t, baseline) in found]
     label = lambda t, m: f"{t} {m.replace('_', ' ')}" if t != "style" else "style similarity"

@@ -1,7 +1,7 @@
 """Imitating a proprietary model: ask a teacher, build the imitation set, and the study that measures what was learned.
 
     python imitation.py study                                                     the whole paper on the embedded default
-    python imitation.py study --open-problem                                      and what might keep the facts (§6)
+    python imitation.py study --open-problem                                      and what might keep the facts (§4.3)
     python imitation.py study --plan paper                                        the paper at full scale: commands and costs; --go runs them
     python imitation.py synthesize nq --seed-pairs pairs.jsonl --n 6000 --endpoint URL --endpoint-model NAME --out nq-synthetic.jsonl
     python imitation.py synthesize tldr --posts posts.jsonl --endpoint URL --endpoint-model NAME --out tldr-synthetic.jsonl
@@ -740,7 +740,7 @@ def checked(place, names, into):
 
 
 def open_problem_stages(seed, root, size, tokens, scale):
-    """§6 on one base and the largest ShareGPT-Mix: can replayed text or a penalty keep the facts, and is the recipe to blame for their loss?
+    """§4.3 on one base and the largest ShareGPT-Mix: can replayed text or a penalty keep the facts, and is the recipe to blame for their loss?
 
     All variants see the same imitation tokens. `warmup256` is the paper's proportion, 1,000 of the 2,289 steps of its largest run, in which
     its smallest never leaves warm-up; so it is run at each size. `adamw` takes about the same absolute step: 2e-2 of weights whose RMS is 0.04.
@@ -990,7 +990,7 @@ def main():
 
     p = commands.add_parser("study", help="the whole paper on the embedded default, or its plan at full scale", example="python imitation.py study --seeds 100,101,102")
     p.add_argument("--quick", action="store_true", help="a smaller world, for trying the plumbing: its numbers mean little")
-    p.add_argument("--open-problem", action="store_true", help="afterwards §6: replayed text, a KL penalty and changes of the recipe, on the larger base")
+    p.add_argument("--open-problem", action="store_true", help="afterwards §4.3: replayed text, a KL penalty and changes of the recipe, on the larger base")
     p.add_argument("--out", metavar="DIR", help="None is runs/study, with --quick runs/study-quick, of the plan runs/paper")
     p.add_argument("--seeds", default="100", help="worlds, separated by commas")
     p.add_argument("--sizes", help="base models, separated by commas; None is small,large, of the plan gpt2-xl,llama7b,llama13b")
