@@ -1392,14 +1392,20 @@ def template_of(folder, asked):
     return asked or read_config(folder)[1].get("template", "plain")
 
 
+def fit_context(prompt, context, max_new):
+    """The prompt's last tokens, as many as leave room for `max_new` new ones, or for half the context where that is less."""
+    return prompt[-(context - min(max_new, context // 2)):]
+
+
 def reply(model, tokenizer, conversations, template, args, seeds):
-    """Answers to conversations: [(text, "stop" or "length")]; a bare text gets a line break before its continuation."""
+    """Answers to conversations: [(text, "stop" or "length", tokens that the prompt lost from the left)]; a bare text gets a line break before its continuation."""
     end = "\n" if template == "plain" else ""
-    prompts = [prompt_ids([*m[:-1], {**m[-1], "content": m[-1]["content"] + end}], tokenizer, template) for m in conversations]
+    whole = [prompt_ids([*m[:-1], {**m[-1], "content": m[-1]["content"] + end}], tokenizer, template) for m in conversations]
+    prompts = [fit_context(p, model.config.context, args.max_new) for p in whole]
     with tqdm(total=len(prompts), desc="generate", unit=" replies", disable=None) as bar:
         out = generate(model, prompts, args.max_new, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seeds=seeds,
                        eos=[tokenizer.eos], done=lambda i, ids: bar.update(), stop=stop_rule(tokenizer, args.stop) if args.stop else None)
-    return [(cut(continuation(tokenizer, p, ids), args.stop), "length" if len(ids) == min(args.max_new, model.config.context - len(p)) else "stop") for p, ids in zip(prompts, out)]
+    return [(cut(continuation(tokenizer, p, ids), args.stop), "length" if len(ids) == min(args.max_new, model.config.context - len(p)) else "stop", len(w) - len(p)) for w, p, ids in zip(whole, prompts, out)]
 
 
 def chat(model, tokenizer, template, args):
@@ -1412,7 +1418,7 @@ def chat(model, tokenizer, template, args):
             return print()
         while len(prompt := prompt_ids(messages, tokenizer, template)) + args.max_new > model.config.context and len(messages) > 2:
             messages = messages[2:]                        # the oldest turn leaves the context
-        shown = ""
+        prompt, shown = fit_context(prompt, model.config.context, args.max_new), ""
 
         def stream(_, new):
             nonlocal shown
@@ -1493,8 +1499,9 @@ def main():
         prompts = [{**p, "id": f"{p['id']}/{k}"} for p in prompts for k in range(args.samples)]
     answers = reply(model, tokenizer, [p["messages"] for p in prompts], template, args, [int(digest(args.seed, p["id"]), 16) & (1 << 63) - 1 for p in prompts])
     write_jsonl(args.out, ({"id": p["id"], "source": str(args.model), **({"category": p["category"]} if "category" in p else {}),
-                            "messages": [*p["messages"], {"role": "assistant", "content": text}], "finish": finish} for p, (text, finish) in zip(prompts, answers)))
-    print(f"{args.out}: {len(answers)} replies, {sum(f == 'length' for _, f in answers)} cut off at {args.max_new} tokens")
+                            "messages": [*p["messages"], {"role": "assistant", "content": text}], "finish": finish, **({"lost_tokens": lost} if lost else {})} for p, (text, finish, lost) in zip(prompts, answers)))
+    cut_off, too_long = sum(finish == "length" for _, finish, _ in answers), sum(lost > 0 for *_, lost in answers)
+    print(f"{args.out}: {len(answers)} replies, {cut_off} cut off at {args.max_new} tokens" + f"; {too_long} prompts were too long for the context and lost their beginning" * bool(too_long))
 
 
 if __name__ == "__main__":

@@ -278,6 +278,18 @@ def test_generate_writes_replies(world, tmp_path):
     assert list(replies) == [p["id"] for p in prompts] and all(replies[p["id"]][0] == p["prompt"] for p in prompts)
 
 
+def test_a_prompt_longer_than_the_context_loses_its_beginning_and_is_counted(world, tmp_path):
+    context = M.read_config(world / "base")[0].context
+    long = " ".join(f"word{i}" for i in range(context))
+    data.write_jsonl(tmp_path / "p.jsonl", [{"id": "long", "prompt": long}, {"id": "end", "prompt": long[-1500:]}, {"id": "short", "prompt": "tell me about the moon"}])
+    done = program("model.py", "generate", "--model", world / "base", "--prompts", tmp_path / "p.jsonl", "--max-new", "8", "--temperature", "0", "--out", tmp_path / "r.jsonl")
+    long_, end, short = data.read_jsonl(tmp_path / "r.jsonl")
+    assert "2 prompts were too long" in done.stdout and long_["lost_tokens"] > end["lost_tokens"] > 0 and "lost_tokens" not in short
+    assert long_["messages"][0]["content"] == long and long_["messages"][1] == end["messages"][1]        # whole in the file; asked alike, because the same tokens were kept
+    ids = list(range(100))
+    assert M.fit_context(ids, 100, 8) == ids[8:] and M.fit_context(ids, 200, 8) == ids and M.fit_context(ids, 100, 512) == ids[50:]
+
+
 @pytest.fixture(params=["llama", "stories260k/hf", "miniature"])
 def exported(request, tmp_path):
     """(our tokenizer, transformers' reading of the exported folder)."""

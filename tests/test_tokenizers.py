@@ -326,11 +326,11 @@ def test_transformers_chats_as_we_do(tokenizer, template, tmp_path):
     M.save_checkpoint(tmp_path, config, lambda n: state[n], torch.float32, tokenizer, template)
     ours = M.reply(M.load(tmp_path), data.load_tokenizer(tmp_path), chats, template, argparse.Namespace(max_new=16, temperature=0.0, top_k=0, top_p=1.0, stop=[]), [0] * len(chats))
     model, theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for messages, (text, _) in zip(chats, ours):
+    for messages, (text, *_) in zip(chats, ours):
         prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(**prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)[0]
         assert theirs.decode(out[prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip() == text.strip()
-    assert {finish for _, finish in ours} == {"stop", "length"}
+    assert {finish for _, finish, _ in ours} == {"stop", "length"}
 
 
 def test_a_base_model_keeps_its_own_chat_template(json_folder, tmp_path):
