@@ -464,9 +464,10 @@ def humaneval_prompt(problem, chat):
 def program_of(problem, text, chat):
     """The program to be judged: behind the prompt, a completion up to the first stop sequence, or what a chat reply means.
 
-    Of a reply the first block that defines the function counts (fenced, or else lines that look like code), else the first fenced
-    block, else all. A whole function replaces that of the prompt, whose imports and helpers it may need; a mere body continues it,
-    its indentation restored: chat models drop that of the first line, or of all lines.
+    Of a reply the first block that defines the function counts (fenced, or else lines that look like code; one with no more than
+    its docstring, the task quoted, only where no other does), else the first fenced block, else all. A whole function replaces that
+    of the prompt, whose imports and helpers it may need; a mere body continues it, its indentation restored: chat models drop that
+    of the first line, or of all lines.
     """
     if not chat:
         return problem["prompt"] + cut(text, CODE_STOPS)
@@ -474,7 +475,11 @@ def program_of(problem, text, chat):
     fenced = re.findall(r"(?ms)^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text)
     blocks = fenced or re.findall(r"(?m)(?:^(?:import |from |(?:async )?def |class |@|\w+ = |[)\]}# \t]).*\n|^\n)+", text)
     whole = re.compile(rf"(?m)^[ \t]*(?:async )?def {re.escape(problem['entry_point'])}\b")
-    for block in filter(whole.search, blocks):
+
+    def quotes(block):
+        head, *rest = re.split(r'"""|\'\'\'', block[whole.search(block).end():], maxsplit=2)
+        return len(rest) == 2 and head.rstrip().endswith(":") and not re.sub(r"#.*|\bpass\b|\.\.\.|\s", "", rest[1])
+    for block in sorted(filter(whole.search, blocks), key=quotes):
         return problem["prompt"] + "\n\n" + textwrap.dedent(block)
     first, *rest = (fenced[0] if fenced else text).strip("\n").split("\n")
     if first[:1].strip():                                                   # not indented: have all lines lost it, or the first alone?

@@ -87,6 +87,16 @@ def test_a_program_is_found_in_a_chat_reply(reply):
     assert outcome(reply) == 1
 
 
+@pytest.mark.parametrize("end", ["", "    pass\n", "    # Your code here\n    ...\n"])
+def test_a_quoted_task_is_not_the_answer(end):
+    task = f'def f():\n    """ Returns one. """\n{end}'
+    for mark in ('"""', "'''"):
+        asked = task.replace('"""', mark)
+        assert outcome(f"You ask for\n```python\n{asked}```\nHere it is:\n```python\n{WHOLE}```\nor\n```python\n{RIGHT.replace('1', '2')}```") == 1
+    assert outcome(f"```python\n{task}    return 1\n```\nwhich fills in\n```python\n{WRONG}```") == 1
+    assert outcome(f"```python\n{task}    return 1\n```") == 1 and outcome(f"I quote:\n```python\n{task}    return None\n```") is None
+
+
 @pytest.mark.parametrize("stop", E.CODE_STOPS)
 def test_a_completion_ends_at_the_first_stop_sequence(stop):
     assert E.program_of(PROBLEM, f"    return 1{stop} this is no Python", chat=False) == PROBLEM["prompt"] + "    return 1"
