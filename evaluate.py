@@ -262,15 +262,14 @@ def from_all(value):
 
 def left_over(folder, settings):
     """{index: line} of a run that was killed, whichever ranks wrote them; all then stand in samples.jsonl."""
-    if not same_settings(folder / "unfinished.json", "settings", settings):
-        for path in folder.glob("samples*.jsonl"):
+    lines = [path for path in folder.glob("samples*.jsonl") if path.stat().st_size]
+    if not lines or not same_settings(folder / "unfinished.json", "settings", settings):     # a run that ended before its first line binds to nothing
+        for path in lines:
             path.unlink()
         write_json(folder / "unfinished.json", {"settings": settings})
     done = {}
     for path in sorted(folder.glob("samples*.jsonl")):
-        file = GrowingFile(path)
-        file.close()
-        done |= {r["index"]: r for r in file.records if not r.get("failed")}
+        GrowingFile(path, lambda r, at: r.get("failed") or done.update({int(r["index"]): r})).close()
     write_jsonl(folder / "samples.jsonl", done.values())
     for path in folder.glob("samples.*.jsonl"):
         path.unlink()
