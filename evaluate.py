@@ -19,6 +19,7 @@ In this file:
     table          all results side by side, the paper's figures beneath, the figures as PNG
 """
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
@@ -255,6 +256,7 @@ def from_all(value):
     import torch.distributed as dist
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))                 # a rank may have long to wait for the others
+        atexit.register(dist.destroy_process_group)                                         # else one that is done may abort as it leaves, and torchrun end the others
     values = [None] * WORLD
     dist.all_gather_object(values, value)
     return values
