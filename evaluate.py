@@ -21,6 +21,7 @@ In this file:
     the program    a command for each
 """
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
@@ -254,6 +255,7 @@ def from_all(value):
     import torch.distributed as dist
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))                 # a rank may have long to wait for the others
+        atexit.register(dist.destroy_process_group)                                         # else one that is done may abort as it leaves, and torchrun end the others
     values = [None] * WORLD
     dist.all_gather_object(values, value)
     return values

@@ -332,13 +332,14 @@ def test_a_killed_run_continues_and_two_ranks_score_as_one(task, world, choices,
     (folder / "unfinished.json").write_text(json.dumps({"settings": whole["settings"]}))
     kept = [{**s, "mark": 1} for s in samples]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in kept[:3]) + json.dumps(kept[3])[:20])
+    (folder / "samples.2.jsonl").write_text('{"no index": 1}\n{"index": "x"}\n')
     (folder / "samples.1.jsonl").write_text("".join(json.dumps(s) + "\n" for s in kept[-2:]))
     torchrun(2, "evaluate.py", *command, tmp_path / "two")
     again = lines_of(folder / "samples.jsonl")
     assert [s.pop("mark", 0) for s in again] == [1, 1, 1, *[0] * (len(samples) - 5), 1, 1]
     for a, b in zip(samples, again):
         assert a.pop("log_likelihoods", []) == pytest.approx(b.pop("log_likelihoods", []), abs=1e-4) and a == b
-    assert result_of(folder) == whole and sorted(p.name for p in folder.iterdir()) == ["results.json", "samples.jsonl", "samples.lock"]
+    assert result_of(folder) == whole and sorted(p.name for p in folder.iterdir()) == ["results.json", "samples.2.jsonl.garbled", "samples.jsonl", "samples.lock"]
 
 
 def test_ranks_take_parts_that_make_up_the_whole(monkeypatch, choices, world, tmp_path):
@@ -359,8 +360,18 @@ def test_ranks_take_parts_that_make_up_the_whole(monkeypatch, choices, world, tm
 def test_lines_of_other_settings_are_not_continued(world, choices, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/unfinished.json").write_text(json.dumps({"settings": {"shots": 0}}))
+    (tmp_path / "base/samples.jsonl").write_text('{"index": 0}\n')
     with pytest.raises(E.UserError, match="shots was 0, is 3"):
         ask(monkeypatch, *mmlu_args(choices, "--model", world / "base", "--out", tmp_path))
+    (tmp_path / "base/samples.jsonl").write_text("")                                        # it ended before its first line
+    ask(monkeypatch, *mmlu_args(choices, "--model", world / "base", "--out", tmp_path))
+    assert result_of(tmp_path / "base")["metrics"]["accuracy"]["n"] == 22
+
+
+def test_a_flag_that_was_wrong_can_be_mended(world, tmp_path):
+    command = ["evaluate.py", "nq", "--model", world / "base", "--data", world / "world/nq/test.jsonl", "--limit", "3", "--out", tmp_path, "--max-new"]
+    assert "context of 256" in one_line(program(*command, "256", status=2))
+    program(*command, "2")
 
 
 SAID = [("B", "B"), (" b", None), ("B.", "B"), ("(C)", "C"), ("**D**", "D"), ("A) red", "A"), ("A: red", "A"), ("A", "A"), ("A\n\nBecause", "A"), ("The answer is B.", "B"), ("The correct answer is (D) none of these.", "D"),
