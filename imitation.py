@@ -754,12 +754,12 @@ def open_problem_stages(seed, root, size, tokens, scale):
     tasks = ["nq-3-shot", "mmlu", "humaneval"]
     ask = lambda name, models, tasks, *more: [step._replace(command=[*step.command, *more]) for step in benchmarks(place, ["--model", *(place.model(n, [size]) for n in models)], into, name, models[-1], tasks)]
     return [
-        ("the open problem: pack", [Step(["python", "data.py", "pack", f"{root}/sharegpt-mix.jsonl", "--tokenizer", f"{root}/world/tokenizer", "--template", "koala", "--out", f"{root}/data/sharegpt-mix-koala"], f"{root}/data/sharegpt-mix-koala")]),
-        ("the open problem: imitate", training(place, runs, seed)),
-        ("the open problem: benchmarks", [*ask("text", names, tasks), *ask("turns", [plain], tasks[:2], "--shots-as", "turns")]),
-        ("the open problem: replies", replies(place, runs, [size])),
-        ("the open problem: style", rated(place, names, into, ["style"])),
-        ("the open problem: " + (facts := checked(place, names, into))[0], facts[1])]
+        ("open-problem/pack", [Step(["python", "data.py", "pack", f"{root}/sharegpt-mix.jsonl", "--tokenizer", f"{root}/world/tokenizer", "--template", "koala", "--out", f"{root}/data/sharegpt-mix-koala"], f"{root}/data/sharegpt-mix-koala")]),
+        ("open-problem/imitate", training(place, runs, seed)),
+        ("open-problem/benchmarks", [*ask("text", names, tasks), *ask("turns", [plain], tasks[:2], "--shots-as", "turns")]),
+        ("open-problem/replies", replies(place, runs, [size])),
+        ("open-problem/style", rated(place, names, into, ["style"])),
+        ("open-problem/facts", checked(place, names, into)[1])]
 
 
 # --- the paper ------------------------------------------------------------------------------------------------------------------------
@@ -922,6 +922,8 @@ class Study:
 def study(args):
     if args.plan:
         return paper(args)
+    if args.go:
+        raise UserError("--go runs a plan: --plan paper --go")
     scale, out, home = QUICK if args.quick else FULL, *study_folder(args.out or ("runs/study-quick" if args.quick else "runs/study"))
     if not (home / "tests" / "miniature.py").is_file():
         raise UserError("tests/miniature.py is missing; the study's embedded default lives there")
@@ -950,6 +952,8 @@ def study(args):
 
 def paper(args):
     """--plan paper: the commands of the paper at full scale and their estimated costs; with --go they are run."""
+    if args.quick or args.open_problem:
+        raise UserError("--plan paper: --quick and --open-problem belong to the miniature")
     out, home = study_folder(args.out or "runs/paper")
     sizes = chosen("--sizes", args.sizes, [*PARAMETERS][::-1])
     stages = paper_stages(args, str(out), sizes, tokens_of(args, {"sharegpt-mix": "20M,80M,150M", "nq-synthetic": "0.3M"}))

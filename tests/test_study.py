@@ -172,6 +172,8 @@ def test_the_plan_of_the_paper_is_made_of_commands_that_exist():
 
 def test_the_plan_does_not_go_without_a_teacher(tmp_path):
     assert "--endpoint" in one_line(program("imitation.py", "study", "--plan", "paper", "--go", "--out", tmp_path / "o", status=2))
+    assert "--plan paper --go" in one_line(program("imitation.py", "study", "--go", "--out", tmp_path / "o", status=2))
+    assert "--quick" in one_line(program("imitation.py", "study", "--plan", "paper", "--quick", status=2))
 
 
 def test_another_command_for_the_same_output_is_refused(study):
