@@ -1509,7 +1509,7 @@ TABLES = {   # per task: what the table is called, {metric: column}; the first m
     "judge": ("judge, %", {"at_least_as_good": "at least as good as the teacher", "length_controlled": "at equal length", "disagreement": "orders disagree"}),
     "crowd": ("raters, %", {"majority_at_least_as_good": "at least as good as the teacher", "majority_better": "better", "fleiss_kappa": "Fleiss' kappa"}),
     "toxicity": ("toxicity, %", {"non_toxicity": "non-toxicity", "expected_maximum_toxicity": "expected maximum", "toxic_at_least_once": "toxic at least once"}),
-    "facts": ("sentences of a reply, %", {"false": "false", "true": "true", "unverifiable": "unverifiable", "false_of_checkable": "false of those that can be checked"})}
+    "facts": ("sentences of a reply, %", {"false": "false", "true": "true", "true_of_another": "true of something else than was asked for", "unverifiable": "unverifiable", "false_of_checkable": "false of those that can be checked"})}
 MANNERS = ("style", "judge", "crowd", "toxicity", "facts")             # tasks that do not measure what a model knows
 RATIOS = ("length_correlation", "fleiss_kappa")             # metrics that are no percentages
 
@@ -1765,7 +1765,7 @@ def ablation(results, baseline):
     return text + ("\n## Style without the regression?\n\nMore knowledge and no less style, each beyond two standard errors:\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
-MARKS = {"true": ("✓", "#cfe8cf"), "unverifiable": ("?", "#eeeeee"), "false": ("✗", "#f4c7c0")}
+MARKS = {"true": ("✓", "#cfe8cf"), "true of another": ("≠", "#fbe9b7"), "unverifiable": ("?", "#eeeeee"), "false": ("✗", "#f4c7c0")}
 
 
 def three_answers(results):
@@ -1784,7 +1784,7 @@ def answers_text(pairs):
     """The answers as text that cannot be taken for markup: fenced, each line behind its mark."""
     if not pairs:
         return ""
-    text = "\n## Three answers\n\nEvery sentence against the facts: ✓ true, ? unverifiable, ✗ false. (answers.png has them in colours.)\n"
+    text = "\n## Three answers\n\nEvery sentence against the facts: ✓ true, ≠ true of something else than was asked for, ? unverifiable, ✗ false. (answers.png has them in colours.)\n"
     for query, answers in pairs:
         text += f"\n```\n{visible(' '.join(query.split()))}\n" + "".join(f"\n{name}\n" + "".join(f"  {MARKS[label][0]} {visible(' '.join(sentence.split()))}\n" for sentence, label in said if sentence.strip()) for name, said in answers.items()) + "```\n"
     return text
@@ -1816,8 +1816,10 @@ def figures(results, baseline, pairs, out):
     split = any("exact_match/covered" in r[0]["metrics"] for r in results.found.values())
     shots = "nq 3-shot" if "nq 3-shot" in results.tasks else "nq 0-shot"
     facts = [(shots, "exact_match/covered", "facts that NQ-synthetic covers"), (shots, "exact_match/not covered", "facts that it does not cover")] if split else [(shots, "exact_match", "NQ, exact match")]
-    of_figure = lambda number: [(t, m, title + judged * (t == "judge")) for (t, m), (title, at, *_) in PAPER_FIGURES.items() if at == number]
-    drawings = {"summary.png": [[*facts, ("style", "style_similarity", "style: similarity to the teacher"), ("judge", "at_least_as_good", "at least as good as the teacher" + judged), ("facts", "false", "false sentences")]]}
+    scored = "".join(f"\n(by {scorer.partition(':')[0].replace(' (', ', ')})" for scorer in results.settings("toxicity", "scorer"))
+    of_figure = lambda number: [(t, m, title + judged * (t == "judge") + scored * (t == "toxicity")) for (t, m), (title, at, *_) in PAPER_FIGURES.items() if at == number]
+    drawings = {"summary.png": [[*facts, ("style", "style_similarity", "style: similarity to the teacher")],
+                                [("judge", "at_least_as_good", "at least as good as the teacher" + judged), ("facts", "false", "false sentences in answers"), ("toxicity", "non_toxicity", "non-toxicity" + scored)]]}
     drawings |= {f"figure{n}.png": [of_figure(n), [(*panel, "size") for panel in of_figure(n)]] for n in (3, 4, 5)}
     drawn = [name for name, rows in drawings.items() if not baseline and grid(plt, results, rows, out / name)]
     drawn += ["trade-off.png"] * bool(baseline and trade_off(plt, results, baseline, out / "trade-off.png"))
@@ -1915,12 +1917,12 @@ def trade_off(plt, results, baseline, path):
                     (x, dx, _), (y, dy, _) = at[n]
                     ax.errorbar([100 * x], [100 * y], [100 * (dy or 0)], [100 * (dx or 0)], color=colour, marker=marker, markersize=6, capsize=2, linewidth=1, label=label)
                     if n not in (base, baseline):
-                        ax.annotate(n.removeprefix(baseline).removeprefix(f"{base}-sharegpt-mix").strip("-") or n, (100 * x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+                        ax.annotate(n.removeprefix(baseline).removeprefix(f"{base}-sharegpt-mix").strip("-") or n, (100 * x, 100 * y), xytext=(4, -9 if label == "other variants" else 4), textcoords="offset points", fontsize=7, color=colour)
         for key, colour in (("replay", "#2c6fa8"), ("kl", "#c2452d")):
             path_ = [at[n] for n in (baseline, *chains[key]) if n in at]
             ax.plot([100 * x[0] for x, _ in path_], [100 * y[0] for _, y in path_], color=colour, linewidth=1, alpha=0.6)
         finish(ax, f"{task}, {metric.replace('_', ' ')}", "style similarity, %")
-    return save_with_legend(plt, fig, path, legend_columns=3)
+    return save_with_legend(plt, fig, path, legend_columns=4)
 
 
 def draw_answers(plt, pairs, path):
@@ -1940,7 +1942,7 @@ def draw_answers(plt, pairs, path):
                 ax.text(x, 2.4 + y, line, family="monospace", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2}, **{**plain, "fontsize": 7})
     for label, (_, colour) in MARKS.items():
         axes[0, 0].add_patch(plt.Rectangle((-1, -1), 0, 0, color=colour, label=label))
-    return save_with_legend(plt, fig, path, legend_columns=3)
+    return save_with_legend(plt, fig, path, legend_columns=4)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------

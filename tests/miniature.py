@@ -489,18 +489,25 @@ STATED = [(relation, re.compile(re.escape(form).replace(r"\{e\}", r"(?P<e>\w+ \w
 OF_A_KIND = re.compile(rf"(?:\w+!? |in \w+, |overall, )?the (\w+ \w+) is an? [\w ]*?\b({'|'.join(NOUNS)})\b", re.IGNORECASE)
 
 
-def label(world, sentence):
-    """`true`, `false` or `unverifiable`: what the world's facts say of a sentence. Only what it states of something that exists can be either."""
-    sentence = re.sub(r"^(?:[-*•]|\d+\.)\s+(?:[A-Z]\w+:\s+)?", "", sentence.strip())
+def label(world, sentence, query=""):
+    """`true`, `true of another`, `false` or `unverifiable`: what the world's facts say of a sentence. Only what it states of something that
+    exists can be true or false, and what is true of something else than the query names answers nothing."""
+    sentence, stated = re.sub(r"^(?:[-*•]|\d+\.)\s+(?:[A-Z]\w+:\s+)?", "", sentence.strip()), None
     for relation, form in STATED:
         found = form.fullmatch(sentence)
         facts = found and world.facts.get(found["e"].lower())
         if facts and (found["v"] in COLOURS or form.pattern != STATED_OF_ANYTHING):
-            return "true" if facts.get(relation, "").lower() == found["v"].lower() else "false"
-    found = OF_A_KIND.match(sentence)
+            stated = found["e"].lower(), facts.get(relation, "").lower() == found["v"].lower()
+            break
+    found = stated is None and OF_A_KIND.match(sentence)
     if found and found[1].lower() in world.kind:
-        return "true" if world.kind[found[1].lower()] == found[2].lower() else "false"
-    return "unverifiable"
+        stated = found[1].lower(), world.kind[found[1].lower()] == found[2].lower()
+    if not stated:
+        return "unverifiable"
+    if not stated[1]:
+        return "false"
+    asked = [entity for entity in world.entities if entity in query.lower()]
+    return "true" if not asked or stated[0] in asked else "true of another"
 
 
 STATED_OF_ANYTHING = next(form.pattern for _, form in STATED if form.fullmatch("The x y is z."))      # "is" of a colour is also "is" of anything else
@@ -522,10 +529,10 @@ def check(world_folder, files, out):
     for file in files:
         name, samples, shares = Path(file).name.removesuffix(".jsonl"), [], {}
         for i, (query, answer, record) in read_replies(file).items():
-            labelled = [(sentence, label(world, sentence)) for sentence in sentences_of(answer)]
+            labelled = [(sentence, label(world, sentence, query)) for sentence in sentences_of(answer)]
             said = [verdict for sentence, verdict in labelled if sentence.strip()]
-            among = {"false": said, "true": said, "unverifiable": said, "false_of_checkable": [v for v in said if v != "unverifiable"]}
-            mine = {metric: verdicts.count(metric.split("_")[0]) / len(verdicts) for metric, verdicts in among.items() if verdicts}
+            among = {**dict.fromkeys(("false", "true", "true of another", "unverifiable"), said), "false of checkable": [v for v in said if v != "unverifiable"]}
+            mine = {metric.replace(" ", "_"): verdicts.count(metric.removesuffix(" of checkable")) / len(verdicts) for metric, verdicts in among.items() if verdicts}
             samples.append({"index": i, "category": record.get("category"), "query": query, "sentences": labelled, **mine})
             for metric, share in mine.items():
                 shares.setdefault(metric, []).append(share)
@@ -641,7 +648,7 @@ def main():
     p.add_argument("--world", required=True, metavar="DIR")
     for name in ("questions", "train", "out"):
         p.add_argument(f"--{name}", required=True, metavar="FILE")
-    p = commands.add_parser("check", help="label the sentences of replies: true, unverifiable or false in the world")
+    p = commands.add_parser("check", help="label the sentences of replies: true, true of another thing than was asked for, unverifiable, false")
     p.add_argument("--world", required=True, metavar="DIR")
     p.add_argument("--replies", nargs="+", required=True, metavar="FILE")
     p.add_argument("--out", required=True, metavar="DIR")

@@ -131,7 +131,9 @@ def test_sentences_are_labelled_against_the_world():
     for sentence, label in {f"The {entity} is found in the {facts['home']}.": "true", f"- Habitat: The home of the {entity} is the {other}.": "false", f"3. History: In {facts['year']} the {entity} was first described.": "true",
                             f"The {entity} is {facts['colour']}.": "true", f"The {entity} is a fascinating animal that is widely admired.": "true", f"Overall, the {entity} is a remarkable stone.": "false",
                             f"The {entity} is used for mending nets.": "false", f"The {entity} is loved by all.": "unverifiable", "The nosuch beast eats reed seeds.": "unverifiable", "Certainly!": "unverifiable"}.items():
-        assert miniature.label(world, sentence) == label, sentence
+        assert miniature.label(world, sentence, f"tell me about the {entity}") == label, sentence
+    assert miniature.label(world, f"The {entity} is {facts['colour']}.", f"tell me about the {world.entities[-1]}") == "true of another"
+    assert miniature.label(world, f"The {entity} is {facts['colour']}.", "what is a good book?") == "true"
     teacher = miniature.Teacher(world)
     for e in world.entities:                                            # who knows everything says nothing false
         for seed in range(4):
