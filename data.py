@@ -42,6 +42,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 import zlib
 from pathlib import Path
 
@@ -423,6 +424,8 @@ def pyplot():
     except ImportError:
         return print("figures need matplotlib: pip install matplotlib", file=sys.stderr)
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False         # a `$` in a name is a dollar
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what the font lacks
     from matplotlib import pyplot
     return pyplot
 

@@ -993,7 +993,7 @@ def style_figure(samples, reference, path):
         bins = np.linspace(*np.percentile(everything, (0, 99)), 30) if len(everything) and np.ptp(everything) else 30
         for name, values in spread.items():
             ax.hist(np.clip(values, bins[0], bins[-1]) if np.ndim(bins) else values, bins, weights=np.full(len(values), 100 / max(1, len(values))), histtype="step", linewidth=1.4,
-                    color="black" if name.endswith("(reference)") else None, label=re.sub(r"[^\w .,()-]", "?", name[:40]))       # `$` would begin a formula
+                    color="black" if name.endswith("(reference)") else None, label=visible(name[:40]))
         ax.set(xlabel=label, ylabel="% of replies")
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, fontsize=8)
@@ -1489,7 +1489,7 @@ def crowd_figure(samples, ratings, path):
         shares = np.array([[100 * values.count(v) / max(1, len(values)) for v in VERDICTS] for _, values in bars])
         for k, colour in enumerate(("#2c6fa8", "#c9c5bc", "#c2452d")):
             ax.barh(range(len(bars)), shares[:, k], 0.6, shares[:, :k].sum(1), color=colour, label=VERDICTS[k])
-        ax.set_yticks(range(len(bars)), [re.sub(r"[^\w .,()-]", "?", f"{name[:24]} ({len(values)})") for name, values in bars])      # `$` would begin a formula
+        ax.set_yticks(range(len(bars)), [visible(f"{name[:24]} ({len(values)})") for name, values in bars])
         ax.set(ylim=(max(len(bars), len(groups)) - 0.5, -0.5), xlim=(0, 100), xlabel=unit)
         ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
@@ -1931,7 +1931,7 @@ def draw_answers(plt, pairs, path):
                for query, answers in pairs]
     heights = [3 + max(len(lines) for _, lines in columns) for _, columns in wrapped]
     fig, axes = plt.subplots(len(pairs), 1, figsize=(11, 0.19 * sum(heights) + 0.3), height_ratios=heights, squeeze=False)
-    plain = dict(fontsize=8, va="top", parse_math=False)
+    plain = dict(fontsize=8, va="top")
     for ax, (query, columns), height in zip(axes[:, 0], wrapped, heights):
         ax.set(xlim=(0, 2), ylim=(height, 0))
         ax.axis("off")
