@@ -637,6 +637,8 @@ FULL = {"build": {}, "base": {"epochs": "2", "warmup": "100"}, "pairs": "4500", 
 QUICK = {"build": {"pretraining-tokens": "150000", "questions": "120"}, "base": {"epochs": "1", "warmup": "10"}, "pairs": "1000", "tokens": {"sharegpt-mix": "20k", "nq-synthetic": "15k"}, "max_new": "48", "continuations": "2",
          "variants": ["replay5", "kl0.3", "koala"]}
 
+SCORES = ("nq-0-shot", "nq-3-shot", "mmlu", "humaneval", "toxicity", "style", "judge")        # folders of results, as the stages below name them
+
 
 class Step(NamedTuple):
     """A command, and the output by which it is known to be done."""
@@ -659,7 +661,8 @@ class Place(NamedTuple):
 
 
 def flags(options):
-    return [word for name, value in options.items() for word in (f"--{name}", value) if word]
+    """{"lr": "1e-3", "one-per-row": "", "tokens": None} -> --lr 1e-3 --one-per-row."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", value) if word]
 
 
 def ask_the_teacher(place, seed, pairs):
@@ -693,11 +696,18 @@ def rated(place, names, into, tasks=("style", "judge")):
     return [Step(["python", "evaluate.py", task, "--a", *answers, "--b", reference, *place.judge, "--out", f"{into}/{task}"], f"{into}/{task}/teacher-2/results.json") for task in tasks]
 
 
-def measure(place, names, sizes):
-    """The stages that score models, `names` in the order of their bases, and the teacher."""
-    steps = [step for size in sizes for mine in [[n for n in names if n == size or n.startswith(size + "-")]]
-             for step in benchmarks(place, ["--model", *(place.model(n, sizes) for n in mine)], place.root, size, mine[-1])]
-    steps += benchmarks(place, place.teacher, place.root, "teacher", place.teacher[3])
+def made_of(size, runs):
+    """A base, and the runs that start from it."""
+    return [size, *(name for name in runs if name.startswith(size + "-"))]
+
+
+def measure(place, runs, sizes):
+    """The stages that score the bases, what was made of them, and the teacher."""
+    steps = benchmarks(place, place.teacher, place.root, "teacher", place.teacher[3])
+    for size in reversed(sizes):
+        mine = made_of(size, runs)
+        steps = benchmarks(place, ["--model", *(place.model(n, sizes) for n in mine)], place.root, size, mine[-1]) + steps
+    names = [n for size in sizes for n in made_of(size, runs)]
     return [("benchmarks", steps), ("replies", replies(place, names, sizes)), ("style", rated(place, names, place.root))]
 
 
@@ -719,7 +729,6 @@ def study_stages(seed, root, sizes, tokens, scale):
     place = miniature_place(root, scale)
     world, pack = f"{root}/world", ["--tokenizer", f"{root}/world/tokenizer"]
     runs = imitation_runs(place, sizes, tokens, lambda size, name: {"data": f"{root}/data/{name}", **RECIPE[name]})
-    names = [n for size in sizes for n in (size, *(r for r in runs if r.startswith(size + "-")))]
     return [
         ("world", [Step(["python", "tests/miniature.py", "build", "--out", world, "--seed", seed, *flags(scale["build"])], world)]),
         ("corpora", [
@@ -731,8 +740,8 @@ def study_stages(seed, root, sizes, tokens, scale):
             *(Step(["python", "data.py", "pack", f"{root}/{name}.jsonl", *pack, "--out", f"{root}/data/{name}"], f"{root}/data/{name}") for name in RECIPE),
             Step(["python", "tests/miniature.py", "cover", "--world", world, "--questions", f"{world}/nq/test.jsonl", "--train", f"{root}/nq-synthetic.jsonl", "--out", place.data["nq"]], place.data["nq"])]),
         ("imitate", training(place, runs, seed)),
-        *measure(place, names, sizes),
-        checked(place, names, root)]
+        *measure(place, runs, sizes),
+        checked(place, [n for size in sizes for n in made_of(size, runs)], root)]
 
 
 def checked(place, names, into):
@@ -771,7 +780,7 @@ FETCHED = {"sharegpt": "data/sharegpt/ShareGPT_V3_unfiltered_cleaned_split.json"
 
 def paper_stages(args, root, sizes, tokens):
     """[(stage, [Step])] of the paper itself (§3, §4). Not stated there, and ours: Koala's 180 prompts for its unreleased 255, 1,000 prompts
-    of RealToxicityPrompts with one continuation each, NQ-synthetic one pair a row."""
+    of RealToxicityPrompts with one continuation each, all of NQ-synthetic (the paper counts 0.3M tokens) one pair a row."""
     endpoint, launch = ["--endpoint", args.endpoint or "URL", "--endpoint-model"], ["torchrun", "--standalone", f"--nproc_per_node={args.gpus}"]
     data = {"nq": FETCHED["nq"], "few-shot": "data/nq/NQ-open.train.jsonl", "mmlu": "data/mmlu", "humaneval": FETCHED["humaneval"], "toxicity": FETCHED["realtoxicityprompts"], "prompts": f"{root}/heldout.jsonl",
             "seed-pairs": "data/nq/NQ-open.train.jsonl"}
@@ -779,9 +788,8 @@ def paper_stages(args, root, sizes, tokens):
     name = args.endpoint_model or "NAME"
     place = Place(root, "weights", data, [*endpoint, name], [*endpoint, args.judge_model or name], more, launch)
     mix = f"{root}/sharegpt-mix.jsonl"
-    recipe = lambda size, name: {"data": f"{root}/data/{name}/{size}", "keep": "1", **({"one-per-row": "", "warmup": "3%"} if name == "nq-synthetic" else {"batch-tokens": "65536"} if "gpt2" in size else {})}
+    recipe = lambda size, name: {"data": f"{root}/data/{name}/{size}", "keep": "1", **({"tokens": None, "one-per-row": "", "warmup": "3%"} if name == "nq-synthetic" else {"batch-tokens": "65536"} if "gpt2" in size else {})}
     runs = imitation_runs(place, sizes, tokens, recipe)
-    names = [n for size in sizes for n in (size, *(r for r in runs if r.startswith(size + "-")))]
     return [
         ("fetch", [Step(["python", "data.py", "fetch", name], FETCHED.get(name, f"weights/{name}")) for name in (*FETCHED, *sizes)]),
         ("corpora", [Step(["python", "data.py", "mix", "--sharegpt", FETCHED["sharegpt"], "--hc3", FETCHED["hc3"], *(["--discord", args.discord] if args.discord else []), "--out", mix], mix)]),
@@ -789,7 +797,7 @@ def paper_stages(args, root, sizes, tokens):
         ask_the_teacher(place, "0", "6000"),
         ("pack", [Step(["python", "data.py", "pack", f"{root}/{name}.jsonl", "--tokenizer", f"weights/{size}", "--out", f"{root}/data/{name}/{size}"], f"{root}/data/{name}/{size}") for size in sizes for name in RECIPE]),
         ("imitate", training(place, runs, "0")),
-        *measure(place, names, sizes)]
+        *measure(place, runs, sizes)]
 
 
 def estimate(command):
@@ -806,7 +814,7 @@ def estimate(command):
     task = command[program + 1] if command[program] != "train.py" else "train"
     if task == "train":
         b = billions(after("--model"))
-        return 3 * read(b, count(after("--tokens"))), 26 * b, 0
+        return 3 * read(b, count(after("--tokens") or "0.3M")), 26 * b, 0
     if task == "fetch":
         return 0, billions(command[-1]) * (4 if "gpt2" in command[-1] else 2) or 0.5, 0
     if task in ("mix", "pack"):
@@ -942,7 +950,7 @@ def study(args):
         if args.only:
             return
         folders = lambda *kinds: [str(out / f"seed-{seed}" / kind) for seed in seeds for kind in kinds if (home / out / f"seed-{seed}" / kind).exists()]
-        tables = {"report": ["nq-0-shot", "nq-3-shot", "mmlu", "humaneval", "toxicity", "style", "judge", "facts"]} | ({"open-problem": ["open-problem"]} if args.open_problem else {})
+        tables = {"report": [*SCORES, "facts"]} | ({"open-problem": ["open-problem"]} if args.open_problem else {})
         for name, kinds in tables.items():
             baseline = ["--baseline", f"{sizes[0]}-sharegpt-mix-{tokens['sharegpt-mix'][-1]}"] if name == "open-problem" else []
             runner.step(["python", "evaluate.py", "table", *folders(*kinds), *baseline, "--out", str(out / name)], home / out / name)
@@ -957,7 +965,7 @@ def paper(args):
     out, home = study_folder(args.out or "runs/paper")
     sizes = chosen("--sizes", args.sizes, [*PARAMETERS][::-1])
     stages = paper_stages(args, str(out), sizes, tokens_of(args, {"sharegpt-mix": "20M,80M,150M", "nq-synthetic": "0.3M"}))
-    table = ("table", [Step(["python", "evaluate.py", "table", *(f"{out}/{kind}" for kind in ("nq-0-shot", "nq-3-shot", "mmlu", "humaneval", "toxicity", "style", "judge")), "--out", f"{out}/report"], f"{out}/report/report.md")])
+    table = ("table", [Step(["python", "evaluate.py", "table", *(f"{out}/{kind}" for kind in SCORES), "--out", f"{out}/report"], f"{out}/report/report.md")])
     if not args.go:
         return print_plan([*stages, table], args.gpus)
     if not args.endpoint or not args.endpoint_model or not args.scorer:

@@ -486,6 +486,7 @@ def cover(world_folder, questions, train, out):
 # --- the check -----------------------------------------------------------------------------------------------------------------
 
 STATED = [(relation, re.compile(re.escape(form).replace(r"\{e\}", r"(?P<e>\w+ \w+)").replace(r"\{v\}", "(?P<v>.+)"), re.IGNORECASE)) for relation, (_, forms, _) in RELATIONS.items() for form in forms]
+STATED_OF_ANYTHING = next(form.pattern for _, form in STATED if form.fullmatch("The x y is z."))      # "is" of a colour is also "is" of anything else
 OF_A_KIND = re.compile(rf"(?:\w+!? |in \w+, |overall, )?the (\w+ \w+) is an? [\w ]*?\b({'|'.join(NOUNS)})\b", re.IGNORECASE)
 
 
@@ -508,9 +509,6 @@ def label(world, sentence, query=""):
         return "false"
     asked = [entity for entity in world.entities if entity in query.lower()]
     return "true" if not asked or stated[0] in asked else "true of another"
-
-
-STATED_OF_ANYTHING = next(form.pattern for _, form in STATED if form.fullmatch("The x y is z."))      # "is" of a colour is also "is" of anything else
 
 
 def sentences_of(text):

@@ -170,6 +170,8 @@ def test_the_plan_of_the_paper_is_made_of_commands_that_exist():
     hours, disk, requests = imitation.estimate(next(c for c in commands if "llama7b" in " ".join(c) and "150M" in c and "train.py" in c))
     assert hours == pytest.approx(6 * 6.738e9 * 150e6 / (0.4 * 312e12) / 3600) and 150 < disk < 200 and not requests
     assert imitation.estimate(next(c for c in commands if c[2] == "synthesize"))[2] == 2000
+    for command in (c for c in commands if "train.py" in c):            # the broad set in three sizes, the pairs all of them: how many tokens they make is not known before
+        assert ("--tokens" in command) == ("--one-per-row" not in command)
 
 
 def test_the_plan_does_not_go_without_a_teacher(tmp_path):
