@@ -629,7 +629,7 @@ def collect(args):
 TEACHER = "http://127.0.0.1:PORT/v1"                       # PORT is the running teacher's; the record keeps the word
 JUDGE = "stand-in-judge-of-style"                          # tests/miniature.py's: it reads style and no facts
 
-# The embedded default's own recipe, found on worlds that are not shown; rates and batches are for models a thousand times smaller than the paper's.
+# The embedded default's own recipe, found on worlds that are not shown; rates and batches are for models of 0.3M and 1M parameters.
 RECIPE = {"sharegpt-mix": {"block": "256", "batch": "1", "lr": "2e-2", "warmup": "20", "decay": "cosine", "save-every": "100"},
           "nq-synthetic": {"one-per-row": "", "block": "40", "batch": "16", "lr": "8e-3", "warmup": "20", "decay": "cosine", "save-every": "100"}}
 PRETRAINING = {"block": "256", "batch": "4", "optimizer": "adamw", "lr": "4e-3", "decay": "cosine", "weight-decay": "0.1", "save-every": "100"}
