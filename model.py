@@ -433,6 +433,46 @@ def flash_attention(q, k, v, starts=None):
 
 # --- layers -------------------------------------------------------------------------------------------------------------
 
+class _BlockedAttention(torch.autograd.Function):
+    """Causal attention in blocks of 128 queries, all heads at once, for bfloat16 on a CPU: half the time of torch's at 512 positions, the same at 1,024; more beyond.
+
+    Keeps q, k and v alone; a block's probabilities are made again in the backward pass. q, k, v (N, T, D) with N = B · heads; starts as in `attention`.
+    """
+
+    @staticmethod
+    def blocks(q, k, starts):
+        """Yield (queries, keys, probabilities (N, m, n)) of each block; the scores are rounded to the precision of q, their softmax is made in float32."""
+        N, T, D = q.shape
+        for at in range(0, T, 128):
+            rows, seen = slice(at, min(at + 128, T)), slice(0, min(at + 128, T))
+            p = torch.baddbmm(q.new_zeros(()), q[:, rows], k[:, seen].transpose(1, 2), beta=0, alpha=D ** -0.5)
+            p[:, :, rows].masked_fill_(torch.ones(p.shape[1], p.shape[1], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+            if starts is not None:
+                p.view(len(starts), -1, *p.shape[1:]).masked_fill_(torch.arange(seen.stop, device=q.device) < starts[:, None, rows, None], -torch.inf)
+            yield rows, seen, p.softmax(-1)
+
+    @staticmethod
+    def forward(ctx, q, k, v, starts):
+        o = torch.empty_like(q)
+        for rows, seen, p in _BlockedAttention.blocks(q, k, starts):
+            torch.bmm(p, v[:, seen], out=o[:, rows])
+        ctx.save_for_backward(q, k, v, starts)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, starts = ctx.saved_tensors
+        dq, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))         # sums over blocks
+        for rows, seen, p in _BlockedAttention.blocks(q, k, starts):
+            dv[:, seen] += p.transpose(1, 2) @ do[:, rows]
+            ds = torch._softmax_backward_data(do[:, rows] @ v[:, seen].transpose(1, 2), p, -1, p.dtype)
+            torch.bmm(ds, k[:, seen], out=dq[:, rows])
+            dk[:, seen] += ds.transpose(1, 2) @ q[:, rows]
+        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), None
+
+
 class Linear(nn.Linear):
     """y = x Wᵀ + b in the precision of x: the float32 master weight is cast on the way, its gradient comes back in float32."""
 
@@ -506,25 +546,31 @@ def attention(q, k, v, path="sdpa", starts=None):
     """Causal attention, q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); each key head serves H / KV query heads.
 
     starts (B, T), int32: the first position that each position sees, where its conversation begins; None: 0 everywhere.
-    `eager` is the reference, `sdpa` torch's, `triton` the kernel above, which skips what `starts` hides.
+    `eager` is the reference, `sdpa` torch's, `blocked` ours for short rows on a CPU, `triton` the kernel above, which skips what `starts` hides.
     """
     if path == "triton":
         return flash_attention(q, k, v, starts)
     if path == "sdpa" and starts is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if path != "sdpa" and (repeat := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    if path == "blocked":
+        return _BlockedAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), starts).view(q.shape)
     t = torch.arange(q.shape[2], device=q.device)
     visible = (t <= t[:, None])[None] if starts is None else (t <= t[:, None]) & (t >= starts[:, :, None])       # (B or 1, T, T)
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                        # (B, H, T, T)
     return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).to(q.dtype) @ v
 
 
-def pick_attention(name, device, doc_mask):
-    """auto: the kernel where it pays, for conversation boundaries on a GPU; else torch's."""
-    return name if name != "auto" else "triton" if doc_mask and device.type == "cuda" and triton else "sdpa"
+def pick_attention(name, device, compute, length, doc_mask):
+    """auto: on a GPU the kernel where it pays, for conversation boundaries; on a CPU blocks where they pay, for short rows in bfloat16; else torch's."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "triton" if doc_mask and triton else "sdpa"
+    return "blocked" if compute == torch.bfloat16 and length <= 1024 else "sdpa"
 
 
 def fused(*layers):

@@ -17,6 +17,7 @@ In this file:
 """
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -66,7 +67,8 @@ def parse_args():
     p.add_argument("--end-lr", type=real, default=0.0, help="where --decay cosine or linear ends; not stated in the paper")
     p.add_argument("--weight-decay", type=real, default=1e-4, help="decoupled; not stated in the paper, EasyLM's default")
     p.add_argument("--clip", type=real, default=1.0, help="global gradient norm; not stated in the paper, EasyLM's default")
-    p.add_argument("--attention", choices=["auto", "eager", "sdpa", "triton"], default="auto", help="auto is torch's sdpa, and the Triton kernel for --doc-mask on a GPU")
+    p.add_argument("--attention", choices=["auto", "eager", "sdpa", "blocked", "triton"], default="auto",
+                   help="auto is torch's sdpa, but the Triton kernel for --doc-mask on a GPU, and blocks of queries for short rows in bfloat16 on a CPU")
     p.add_argument("--doc-mask", action="store_true", help="no attention across conversations in a block; off in EasyLM")
     p.add_argument("--loss-norm", choices=["row", "token"], default="row", help="row: mean over blocks of each block's mean (EasyLM); token: mean over loss tokens")
     p.add_argument("--seed", type=natural, default=0, help="of the order of blocks (not stated in the paper), and of the weights with --init")
@@ -274,7 +276,7 @@ def activation_bytes(config, tp_size, rows, block, compute, path, spread):
             if hasattr(module, "tp"):                                  # its shapes without its communication
                 module.tp = TensorParallel()
         ids = torch.zeros(rows, block, dtype=torch.int64, device="meta")
-        sizes.append(saved_bytes(lambda: model.hidden(ids, attend=None if path == "eager" else flash), model.parameters()))
+        sizes.append(saved_bytes(lambda: model.hidden(ids, attend=flash if path in ("sdpa", "triton") else None), model.parameters()))
     return 2 * sizes[0] - sizes[1], sizes[1] - sizes[0]
 
 
@@ -597,11 +599,21 @@ def settings_of(args, meta):
     return settings
 
 
+def keep_freed_memory():
+    """Have malloc keep what is freed: glibc's gives the pages of every large tensor back and waits for new, zeroed ones at the next, a tenth of a step on a CPU."""
+    with contextlib.suppress(AttributeError):                          # only glibc has mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)                                            # M_MMAP_MAX: no pages of their own for large blocks
+        libc.mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: never shrink the heap
+
+
 class Trainer:
     """The model as this process holds it, the frozen base of --kl, and one step of training."""
 
     def __init__(self, args, config, base_config, ranks, device, compute, path):
         self.args, self.ranks, self.device = args, ranks, device
+        if device.type == "cpu":
+            keep_freed_memory()
         if args.init:
             self.model = empty_model(config, device, torch.float32, compute, path, ranks.tp, ranks.mesh).initialize(args.seed)
             self.dtype = torch.float32                                 # in which the final weights are written
@@ -711,7 +723,8 @@ def train(args):
         say(f"{out}: finished already, {record['steps']} steps")
         return
     config = trained_config(args, base_config, tokenizer)
-    compute, path, memory = pick_dtype(args.dtype, device), pick_attention(args.attention, device, args.doc_mask), device_memory(device)
+    compute, memory = pick_dtype(args.dtype, device), device_memory(device)
+    path = pick_attention(args.attention, device, compute, args.block, args.doc_mask)
     if (needed := settle(args, config, world, compute, path, memory, meta["loss_tokens"] / meta["tokens"])["peak"]) > memory:
         raise UserError(f"{Path(args.model or args.init).name} needs {needed / 1e9:.1f} GB on each of {world} ranks (--dp {args.dp} --tp {args.tp}, --micro-batch {args.micro_batch}), "
                         f"a device has {memory / 1e9:.1f} GB for it; what fits: {smallest_fit(args, config, compute, path, memory)}")

@@ -233,7 +233,7 @@ def our_steps(name, ranks):
     config = (M.llama if name.startswith("llama") else M.gpt2)(shape.pop("n_layer"), shape.pop("n_head"), shape.pop("n_embd"), *([shape.pop("mlp_dim")] if "mlp_dim" in shape else []), **shape)
     args = argparse.Namespace(init="random", seed=0, dp="ddp", tp=1, kl=0.0, recompute=False, compile=False, optimizer="scaled", weight_decay=1e-4, clip=1.0)
     place = T.start_ranks(args, torch.device("cpu"))
-    trainer = T.Trainer(args, config, config, place, torch.device("cpu"), torch.bfloat16, "sdpa")
+    trainer = T.Trainer(args, config, config, place, torch.device("cpu"), torch.bfloat16, M.pick_attention("auto", torch.device("cpu"), torch.bfloat16, 512, False))
     ids, targets, mask = batch_of(config.vocab_size)
     weights = torch.from_numpy(T.loss_weights(mask.numpy(), "row"))
     batch = [tuple(x[place.dp::ranks] for x in (ids, targets, weights))]

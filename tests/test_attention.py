@@ -213,7 +213,7 @@ def test_bad_shapes_are_errors():
             flash_attention(q, k, k)
 
 
-@pytest.mark.parametrize("path", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("path", ["eager", "sdpa", "blocked", "triton"])
 @pytest.mark.parametrize("kind", ["none", "inside"])
 def test_all_paths_of_a_model_agree(path, kind):
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ def test_the_plan_has_the_bytes_of_the_fullest_rank_exactly(runs, model, layout,
 
 @pytest.mark.parametrize("config", [M.llama(3, 6, 96, 200, n_kv_head=2, head_dim=16, vocab_size=500, context=64), M.gpt2(3, 4, 64, vocab_size=500, context=64)], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("path", ["sdpa", "eager", "blocked"])
 def test_the_plan_has_the_bytes_that_autograd_saves(config, compute, path):
     args = argparse.Namespace(tp=1, dp="ddp", batch=4, micro_batch=2, block=64, kl=0.0, recompute=False)
     model = M.Transformer(config, compute, path).initialize(0)

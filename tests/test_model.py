@@ -40,8 +40,39 @@ def pair_of(name, tmp_path):
     return ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
 
 
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("conversations", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_in_blocks_is_masked_softmax(T, conversations, dtype):
+    g = torch.Generator().manual_seed(T)
+    exact = [torch.randn(2, T, heads, 16, generator=g).double().transpose(1, 2).requires_grad_() for heads in (6, 2, 2)]
+    do = torch.randn(2, 6, T, 16, generator=g).double()
+    starts = torch.stack([torch.arange(T) // n * n for n in (50, 1000)]).int() if conversations else None
+
+    def results(path, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+        o = M.attention(*inputs, path, starts)
+        return [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))]
+    t = torch.arange(T)
+    visible = (t <= t[:, None]) & (t >= (torch.zeros(2, T) if starts is None else starts)[..., None])            # (2, T, T)
+    k, v = (x.repeat_interleave(3, 1) for x in exact[1:])
+    o = (exact[0] @ k.transpose(2, 3) / 4).masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ v
+    wanted = [o.detach(), *torch.autograd.grad(o, exact, do)]
+
+    def errors(path):
+        return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(results(path, dtype), wanted)]
+    assert max(errors("blocked")) <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2 * max(errors("sdpa"))}[dtype]
+
+
+def test_attention_is_picked_by_device_and_precision():
+    def pick(device, compute, length, doc_mask=False):
+        return M.pick_attention("auto", torch.device(device), compute, length, doc_mask)
+    assert pick("cpu", torch.bfloat16, 512) == "blocked" and pick("cpu", torch.bfloat16, 2048) == pick("cpu", torch.float32, 512) == pick("cuda", torch.bfloat16, 512) == "sdpa"
+    assert M.pick_attention("eager", torch.device("cpu"), torch.bfloat16, 512, False) == "eager"
+
+
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("path", ["sdpa", "eager", "blocked"])
 def test_logits_and_gradients_are_those_of_transformers(name, path, tmp_path):
     ours, theirs = pair_of(name, tmp_path)
     ours.attention_path = path
