@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -407,6 +409,34 @@ def test_sigterm_saves_and_the_same_command_goes_on(world, reference, tmp_path):
     assert len(list((tmp_path / "r/trainer").glob("step-???????"))) == 1
     program(*finetune(world, tmp_path / "r", "--save-every", "0"))
     assert (tmp_path / "r/model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("seconds, saved", [(24, [3, 5]), (26, [3])])
+def test_sigterm_begins_no_save_that_would_not_end_in_time(seconds, saved, world, tmp_path, monkeypatch, capsys):
+    gradients, save, steps, late, calls = T.Trainer.gradients, T.State.save, [], [0.0], []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:                                            # seen by the step after it
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(*args)
+
+    def slow(self, folder, step, *args):
+        save(self, folder, step, *args)
+        steps.append(step)
+        late[0] += seconds
+    monkeypatch.setattr(T.Trainer, "gradients", interrupted)
+    monkeypatch.setattr(T.State, "save", slow)
+    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    monkeypatch.setattr(sys, "argv", list(map(str, finetune(world, tmp_path / "r", "--save-every", "3"))))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            T.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 143 and steps == saved and len(calls) == 5
+    assert "stopped by SIGTERM after step 5; the same command continues" in capsys.readouterr().err
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_named(world, tmp_path):
