@@ -1092,6 +1092,7 @@ def is_meta(folder):
     return (Path(folder) / "params.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
+@functools.cache
 def whole_shapes(c):
     """{our parameter name: shape of the whole tensor} of a Config."""
     with torch.device("meta"):

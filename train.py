@@ -18,6 +18,7 @@ In this file:
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -263,6 +264,7 @@ def saved_bytes(forward, parameters):
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
+@functools.cache
 def activation_bytes(config, tp_size, rows, block, compute, path, spread):
     """(the first and last parts of the model, one block) of what autograd keeps; measured on meta tensors for models of one and of two blocks."""
     def flash(_, q, k, v):                                             # keeps q, k, v, the output and one number a row, as every fused kernel does
@@ -280,6 +282,13 @@ def activation_bytes(config, tp_size, rows, block, compute, path, spread):
     return 2 * sizes[0] - sizes[1], sizes[1] - sizes[0]
 
 
+@functools.cache
+def trained_names(config):
+    """The parameters that take gradients."""
+    with torch.device("meta"):
+        return [n for n, p in Transformer(config).named_parameters() if p.requires_grad]
+
+
 def plan(args, config, world, compute, path, loss_share=1.0):
     """{what: bytes} on the fullest rank of `world`; config with the vocabulary as trained; loss_share: of positions with loss."""
     tp, size = args.tp, compute.itemsize
@@ -288,9 +297,7 @@ def plan(args, config, world, compute, path, loss_share=1.0):
 
     def numel(t, shards, names):
         return sum(math.prod(s.stop - s.start for s in region(shapes[n], TensorParallel(t, tp).cut(config, n), 0, shards)) for n in names)
-    with torch.device("meta"):
-        trained = [n for n, p in Transformer(config).named_parameters() if p.requires_grad]
-    mine, moved = (max(numel(t, shards, names) for t in range(tp)) for names in (shapes, trained))
+    mine, moved = (max(numel(t, shards, names) for t in range(tp)) for names in (shapes, trained_names(config)))
     rows = args.micro_batch or -(-args.batch // (world // tp))
     ends, block = activation_bytes(config, tp, rows, args.block, compute, path, shards > 1)
     vocabulary, n_loss = -(-config.vocab_size // tp), round(rows * args.block * loss_share)

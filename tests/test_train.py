@@ -99,6 +99,8 @@ def test_what_a_fork_freezes_stays_as_it_was_and_costs_no_memory(tmp_path, monke
         built(self, *a, **kw)
         self.embedding.requires_grad_(False)
     monkeypatch.setattr(M.Transformer, "__init__", freezing)
+    T.trained_names.cache_clear()
+    T.activation_bytes.cache_clear()
     less = T.plan(args, config, 1, torch.float32, "sdpa")
     assert {n: all_of_it[n] - less[n] for n in ("weights", "gradients", "optimizer")} == {"weights": 0, "gradients": 4 * 50 * 16, "optimizer": 8 * 50 * 16}
     trainer = T.Trainer(args, config, config, T.Ranks(), torch.device("cpu"), torch.float32, "sdpa")
