@@ -108,31 +108,51 @@ def config_from_hf(d, where="config.json"):
             raise UserError(f"{where}: no whole number above 0 in {', '.join(missing)}")
         return [d[f] for f in fields]
 
+    def number(field, default, source=d, kinds=(int, float)):
+        value = default if source.get(field) is None else source[field]
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise UserError(f"{where}: {field} = {value!r} is no {'whole ' if kinds == (int,) else ''}number above 0")
+        return value
+
+    def whole_number(field, default):
+        return number(field, default, kinds=(int,))
+
+    def token(field, default):
+        value = d.get(field, default)
+        value = value[0] if isinstance(value, list) and value else value                    # LLaMA 3 has several ends
+        if value is not None and type(value) is not int:
+            raise UserError(f"{where}: {field} = {value!r} is no token id")
+        return value
+
+    def tied(default):
+        return bool(want("tie_word_embeddings", default, True, False, None))
+
     kind = want("model_type", None, "llama", "gpt2")
     if kind == "gpt2":
         want("activation_function", "gelu_new", "gelu_new")
         want("scale_attn_weights", True, True)
         want("scale_attn_by_inverse_layer_idx", False, False)
         n_layer, n_head, n_embd, context, vocab = need("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-        return gpt2(n_layer, n_head, n_embd, context=context, vocab_size=vocab, norm_eps=d.get("layer_norm_epsilon", 1e-5), mlp_dim=d.get("n_inner") or 4 * n_embd,
-                    tied=d.get("tie_word_embeddings", True), bos=d.get("bos_token_id", 50256), eos=d.get("eos_token_id", 50256))
+        return gpt2(n_layer, n_head, n_embd, context=context, vocab_size=vocab, norm_eps=number("layer_norm_epsilon", 1e-5), mlp_dim=whole_number("n_inner", 4 * n_embd),
+                    tied=tied(True), bos=token("bos_token_id", 50256), eos=token("eos_token_id", 50256))
     want("hidden_act", "silu", "silu")
     want("attention_bias", False, False)
     want("mlp_bias", False, False)
     n_layer, n_head, n_embd, mlp_dim, context, vocab = need("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size")
     rope = d.get("rope_parameters") or {}                  # transformers 5 gathers both here
     scaling = d.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise UserError(f"{where}: rope_parameters or rope_scaling is not a JSON object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported (supported: llama3)")
-    n_kv_head = d.get("num_key_value_heads") or n_head
+    stretch = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    n_kv_head = whole_number("num_key_value_heads", n_head)
     if n_head % n_kv_head:
         raise UserError(f"{where}: num_attention_heads = {n_head} is not a multiple of num_key_value_heads = {n_kv_head}")
-    eos = d.get("eos_token_id", 2)
-    return llama(n_layer, n_head, n_embd, mlp_dim, n_kv_head=n_kv_head, head_dim=d.get("head_dim") or n_embd // n_head, context=context, vocab_size=vocab,
-                 norm_eps=d.get("rms_norm_eps", 1e-6), tied=d.get("tie_word_embeddings", False), rope_theta=float(d.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-                 rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if k not in ("type", "rope_type", "rope_theta"))) if kind == "llama3" else (),
-                 bos=d.get("bos_token_id", 1), eos=eos[0] if isinstance(eos, list) else eos)
+    return llama(n_layer, n_head, n_embd, mlp_dim, n_kv_head=n_kv_head, head_dim=whole_number("head_dim", n_embd // n_head), context=context, vocab_size=vocab,
+                 norm_eps=number("rms_norm_eps", 1e-6), tied=tied(False), rope_theta=float(number("rope_theta", 10000.0, rope if d.get("rope_theta") is None else d)),
+                 rope_scaling=tuple((field, number(field, None, scaling)) for field in stretch), bos=token("bos_token_id", 1), eos=token("eos_token_id", 2))
 
 
 def config_to_hf(c):

@@ -298,6 +298,16 @@ def test_a_config_of_another_architecture_names_the_field(field, value, tmp_path
     assert field in one_line(program("model.py", "info", tmp_path, status=2))
 
 
+@pytest.mark.parametrize("field, value, named", [("num_key_value_heads", [1], ""), ("head_dim", 0.5, ""), ("rms_norm_eps", [1], ""), ("rope_theta", "x", ""), ("rope_theta", float("nan"), ""), ("tie_word_embeddings", {}, ""),
+                                                 ("bos_token_id", "<s>", ""), ("eos_token_id", [[2]], ""), ("rope_scaling", [1], ""), ("rope_scaling", {"rope_type": "llama3", "factor": 8}, "high_freq_factor"), ("rope_parameters", "x", "")])
+def test_a_senseless_value_in_a_config_is_named(field, value, named):
+    shape = M.llama(2, 4, 32, 56, rope_scaling=SHAPES["llama 3 positions"]["rope_scaling"])
+    config = M.config_to_hf(shape)
+    assert M.config_from_hf(config) == shape and M.config_from_hf({**config, "eos_token_id": [7, 8]}).eos == 7
+    with pytest.raises(data.UserError, match=named or field):
+        M.config_from_hf({**config, field: value})
+
+
 def test_an_unknown_model_is_one_line(tmp_path):
     assert "llama7b" in one_line(program("model.py", "info", "llama8b", status=2))
 
